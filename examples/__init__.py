@@ -1,0 +1,1 @@
+"""Small complete programs; each runs with `python -m narrowgauge.examples.<name>`."""
