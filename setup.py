@@ -24,8 +24,8 @@ from find_torch import find_torch  # noqa: E402
 
 
 def tool(name: str) -> str | None:
-    """A program on PATH, or beside this Python (a virtual environment that is not activated)."""
-    return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+    """A program beside this Python (a virtual environment need not be activated), or else on PATH."""
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
 
 
 def missing_for_native() -> str:
@@ -61,8 +61,11 @@ class BuildNative(build_ext):
         command += os.environ.get("CMAKE_ARGS", "").split()
         subprocess.run(command, check=True)
         subprocess.run([tool("cmake"), "--build", build], check=True)
-        shutil.rmtree(self.library_dir, ignore_errors=True)
         subprocess.run([tool("cmake"), "--install", build, "--prefix", self.library_dir], check=True)
+        current = (build / "install_manifest.txt").read_text().split("\n")
+        for library in self.library_dir.glob("*.so"):
+            if library.name not in map(os.path.basename, current):
+                library.unlink()  # of an earlier build with other options
 
     @property
     def library_dir(self) -> Path:

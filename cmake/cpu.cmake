@@ -15,9 +15,8 @@ if("v4" IN_LIST isas AND NOT compiler_knows_isa_levels)
     message(FATAL_ERROR "narrowgauge needs GCC 11, Clang 12 or newer (for -march=x86-64-v4)")
 endif()
 
-list(JOIN isas "\", \"" isa_names)
-add_native_library(cpu NARROWGAUGE_CPU "\"isas\": [\"${isa_names}\"]")
 list(JOIN isas ", " isa_names)
+add_native_library(cpu NARROWGAUGE_CPU "\"cpu_isas\": \"${isa_names}\"")
 list(APPEND summary "CPU library  ${isa_names}")
 
 foreach(isa IN LISTS isas)

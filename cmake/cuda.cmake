@@ -22,11 +22,12 @@ set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 
-list(JOIN NARROWGAUGE_CUDA_ARCHS "\", \"" arch_names)
+list(JOIN NARROWGAUGE_CUDA_ARCHS ", " archs)
+string(REGEX REPLACE "([0-9]+[a-z]?)-real" "sm_\\1" archs "${archs}")
+string(REGEX REPLACE "([0-9]+[a-z]?)-virtual" "compute_\\1" archs "${archs}")
 add_native_library(cuda NARROWGAUGE_CUDA
-    "\"toolkit\": \"${CMAKE_CUDA_COMPILER_VERSION}\", \"archs\": [\"${arch_names}\"]")
-list(JOIN NARROWGAUGE_CUDA_ARCHS ", " arch_names)
-list(APPEND summary "CUDA library nvcc ${CMAKE_CUDA_COMPILER_VERSION}, ${arch_names}")
+    "\"cuda\": \"${CMAKE_CUDA_COMPILER_VERSION}\", \"cuda_architectures\": \"${archs}\"")
+list(APPEND summary "CUDA library nvcc ${CMAKE_CUDA_COMPILER_VERSION}, ${archs}")
 target_compile_definitions(narrowgauge_cuda PRIVATE USE_CUDA)
 target_include_directories(narrowgauge_cuda SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
 
