@@ -74,7 +74,7 @@ clean:
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "narrowgauge needs Python 3.10 or newer")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet "setuptools>=70.1" wheel cmake ninja $(TORCH_$(TORCH))
+	$(PIP) install --quiet "setuptools>=77" wheel cmake ninja $(TORCH_$(TORCH))
 	touch $@
 
 # The package in place without its libraries, and what it needs to run; the libraries follow, incrementally.
