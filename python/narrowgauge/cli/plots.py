@@ -1,0 +1,69 @@
+"""The pictures the commands draw. Importing this needs matplotlib."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from narrowgauge.cli.files import write_atomically
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
+
+
+def save(figure: Any, path: Path) -> None:
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    plt.close(figure)
+
+
+def smooth(values: list[float], window: int = 10) -> np.ndarray:
+    """Means over the last `window` values, fewer at the beginning."""
+    sums = np.cumsum([0.0, *values])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def plot_losses(result: dict[str, Any], path: Path) -> None:
+    """Both loss curves of a demo: every step faint, the running mean on top."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    styles = (("tab:gray", "-", 3.0), ("tab:orange", "--", 1.5))  # ours dashed on top, so that both show
+    for (name, run), (color, line, width) in zip(result["runs"].items(), styles):
+        axes.plot(run["losses"], color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(smooth(run["losses"]), line, color=color, linewidth=width, label=name)
+    options = result["options"]
+    kind = ", ".join(filter(None, (options["dtype"], options["linear"], f"{options['state_dtype']} states")))
+    axes.set_title(f"Byte-level Llama on the Python standard library ({kind})", fontsize=10)
+    axes.set_xlabel("step" + (" (stopped early)" if result["partial"] else ""))
+    axes.set_ylabel("training loss, nats per byte")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    save(figure, path)
+
+
+def plot_speedups(result: dict[str, Any], path: Path) -> None:
+    """One bar per case and contestant: how many times faster ours is, with the spread over rounds."""
+    cases = result["cases"]
+    rivals = sorted({name for case in cases for name in case["speedups"]})
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.28 * len(cases) * max(len(rivals), 1)), layout="constrained")
+    thickness = 0.8 / max(len(rivals), 1)
+    for index, rival in enumerate(rivals):
+        rows = [(row, case["speedups"][rival]) for row, case in enumerate(cases) if rival in case["speedups"]]
+        places = [row + (index - (len(rivals) - 1) / 2) * thickness for row, _ in rows]
+        middles = [spread["median"] for _, spread in rows]
+        reach = [
+            [spread["median"] - spread["p20"] for _, spread in rows],
+            [spread["p80"] - spread["median"] for _, spread in rows],
+        ]
+        axes.barh(places, middles, thickness, xerr=reach, label=f"against {rival}", error_kw={"linewidth": 0.8})
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.set_yticks(range(len(cases)), [case["name"] for case in cases], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("times faster (right of 1: ours is faster)")
+    axes.legend(fontsize=8)
+    save(figure, path)
