@@ -4,6 +4,7 @@
 // checks come first: an error raised inside a parallel region would lose its message.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -16,7 +17,7 @@
 #include <sstream>
 
 #include "common/device.h"
-#include "emulator/tensor.h"
+#include "emulator/library.h"
 
 #else
 
@@ -47,6 +48,16 @@ inline Tensor empty(const std::vector<int64_t>& sizes, DType dtype, const Tensor
 }
 inline bool same_device(const Tensor&, const Tensor&) { return true; }
 inline void* data(const Tensor& tensor) { return tensor.data_ptr(); }
+
+using OptionalDType = std::optional<std::string>;  // an operator's `ScalarType?`
+
+inline DType dtype_or(const OptionalDType& given, DType otherwise) {
+    if (!given) return otherwise;
+    for (int i = 0; i <= static_cast<int>(DType::boolean); ++i) {
+        if (*given == name_of(static_cast<DType>(i))) return static_cast<DType>(i);
+    }
+    throw std::runtime_error("unknown dtype " + *given);
+}
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -80,14 +91,18 @@ constexpr ScalarType scalar_types[] = {ScalarType::Float,  ScalarType::Double, S
                                        ScalarType::Long,   ScalarType::Int,    ScalarType::Float8_e4m3fn,
                                        ScalarType::Float8_e5m2, ScalarType::Bool};
 
-inline DType dtype(const Tensor& tensor) {
-    const ScalarType scalar_type = tensor.scalar_type();
+inline DType dtype(ScalarType scalar_type) {
     for (int i = 0; i < static_cast<int>(sizeof(scalar_types) / sizeof(scalar_types[0])); ++i) {
         if (scalar_types[i] == scalar_type) return static_cast<DType>(i);
     }
     NG_CHECK(false, "narrowgauge: unsupported dtype");
     return DType::float32;
 }
+inline DType dtype(const Tensor& tensor) { return dtype(tensor.scalar_type()); }
+
+using OptionalDType = std::optional<ScalarType>;  // an operator's `ScalarType?`
+
+inline DType dtype_or(const OptionalDType& given, DType otherwise) { return given ? dtype(*given) : otherwise; }
 
 // A fresh contiguous tensor on the device of `like`. Straight through the C shim: the boxed dispatcher that
 // torch::stable::empty_like goes through costs as much as a small kernel.

@@ -3,7 +3,7 @@
 //     NG_CPU_KERNEL(void, norm_forward_rows, (const NormForward& args, int64_t begin, int64_t end))
 //
 // in an argument header declares the function that a *_cpu.cpp file defines (once per instruction set), and
-// NG_CPU_SELECT(norm_forward_rows) in a binding is the one for this processor.
+// NG_CPU_POINTER(norm_forward_rows) in a binding points to the one for this processor.
 #pragma once
 
 #include "common/config.h"
@@ -20,13 +20,13 @@
     namespace v3 { result name parameters; }              \
     namespace baseline { result name parameters; }        \
     }
-#define NG_CPU_SELECT(name) \
-    (*::narrowgauge::cpu_select(&::narrowgauge::v4::name, &::narrowgauge::v3::name, &::narrowgauge::baseline::name))
+#define NG_CPU_POINTER(name) \
+    (::narrowgauge::cpu_select(&::narrowgauge::v4::name, &::narrowgauge::v3::name, &::narrowgauge::baseline::name))
 #else
 #define NG_CPU_KERNEL(result, name, parameters) \
     namespace narrowgauge {                     \
     namespace baseline { result name parameters; } }
-#define NG_CPU_SELECT(name) (::narrowgauge::baseline::name)
+#define NG_CPU_POINTER(name) (&::narrowgauge::baseline::name)
 #endif
 
 #ifndef NG_ISA
