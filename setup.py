@@ -1,7 +1,10 @@
 """The native libraries, built by CMake; everything else about the package is in pyproject.toml.
 
-Environment: NARROWGAUGE_NATIVE=AUTO|ON|OFF (AUTO: built where a compiler and torch are found), NARROWGAUGE_CUDA=AUTO|ON|OFF,
-NARROWGAUGE_CUDA_ARCHS (as CMAKE_CUDA_ARCHITECTURES), CMAKE_ARGS.
+Environment:
+    NARROWGAUGE_NATIVE=AUTO|ON|OFF   AUTO: built where a compiler and torch are found
+    NARROWGAUGE_CUDA=AUTO|ON|OFF     AUTO: the CUDA library too where nvcc is found
+    NARROWGAUGE_CUDA_ARCHS           as CMAKE_CUDA_ARCHITECTURES
+    CMAKE_ARGS                       anything else for CMake
 """
 
 from __future__ import annotations
@@ -44,8 +47,13 @@ def missing_for_native() -> str:
     return ""
 
 
+def run(*command: object) -> None:
+    if code := subprocess.call(list(map(str, command))):
+        raise SystemExit(f"narrowgauge: {' '.join(map(str, command[:2]))} failed ({code}), see above")
+
+
 class BuildNative(build_ext):
-    """Configure, build and install into narrowgauge/lib: of the build folder, or of the sources when in place."""
+    """Configure, build, and install into narrowgauge/lib (of the sources, when in place)."""
 
     def run(self) -> None:
         build = ROOT / "build" / "cmake"
@@ -59,12 +67,12 @@ class BuildNative(build_ext):
         if archs := os.environ.get("NARROWGAUGE_CUDA_ARCHS"):
             command.append(f"-DNARROWGAUGE_CUDA_ARCHS={archs}")
         command += os.environ.get("CMAKE_ARGS", "").split()
-        subprocess.run(command, check=True)
-        subprocess.run([tool("cmake"), "--build", build], check=True)
-        subprocess.run([tool("cmake"), "--install", build, "--prefix", self.library_dir], check=True)
-        current = (build / "install_manifest.txt").read_text().split("\n")
+        run(*command)
+        run(tool("cmake"), "--build", build)
+        run(tool("cmake"), "--install", build, "--prefix", self.library_dir)
+        installed = [Path(line).name for line in (build / "install_manifest.txt").read_text().splitlines()]
         for library in self.library_dir.glob("*.so"):
-            if library.name not in map(os.path.basename, current):
+            if library.name not in installed:
                 library.unlink()  # of an earlier build with other options
 
     @property

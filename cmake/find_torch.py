@@ -1,7 +1,7 @@
 """Print the folder, version and CUDA version of the torch a build should use, without importing it.
 
-Under pip's build isolation the environment being installed into is not importable, but its files are still there,
-and headers are all that is needed: the stable ABI makes any torch >= 2.10 as good as another.
+Under pip's build isolation the environment being installed into is not importable, but its files are still
+there, and headers are all that is needed: the stable ABI makes any torch >= 2.10 as good as another.
 """
 
 from __future__ import annotations

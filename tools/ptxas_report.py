@@ -30,14 +30,15 @@ def run_compiler(command: list[str]) -> int:
 
 
 def parse(report: str) -> list[dict[str, str | int]]:
-    """One row per kernel and architecture. A device function that was not inlined counts to the kernel above it."""
+    """One row per kernel and architecture; a function that was not inlined counts to the kernel above it."""
     rows: list[dict[str, str | int]] = []
     for line in report.splitlines():
         if found := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
             rows.append(dict(zip(COLUMNS, (found[1], found[2], 0, 0, 0, 0), strict=True)))
-        elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            for name, value in zip(("stack", "spill_stores", "spill_loads"), found.groups(), strict=True):
-                rows[-1][name] = int(rows[-1][name]) + int(value)
+        elif "bytes stack frame" in line:
+            figures = map(int, re.findall(r"\d+", line))
+            for name, value in zip(("stack", "spill_stores", "spill_loads"), figures, strict=True):
+                rows[-1][name] = int(rows[-1][name]) + value
         elif found := re.search(r"Used (\d+) registers", line):
             rows[-1]["registers"] = int(found[1])
     return rows
@@ -46,7 +47,7 @@ def parse(report: str) -> list[dict[str, str | int]]:
 def demangle(names: list[str]) -> list[str]:
     if not names or not shutil.which("c++filt"):
         return names
-    return subprocess.run(["c++filt", *names], stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    return subprocess.check_output(["c++filt", *names], text=True).splitlines()
 
 
 def short(kernel: str) -> str:
@@ -56,13 +57,12 @@ def short(kernel: str) -> str:
 
 
 def print_table(rows: list[dict[str, str | int]]) -> None:
-    table = [("kernel", "arch", "registers", "spill st/ld", "stack")]
-    for row in rows:
+    names = [short(str(row["kernel"])) for row in rows]
+    width = max(map(len, ["kernel", *names]))
+    print(f"{'kernel':<{width}}  {'arch':<7} registers  spill st/ld  stack")
+    for name, row in zip(names, rows, strict=True):
         spills = f"{row['spill_stores']}/{row['spill_loads']}"
-        table.append((short(str(row["kernel"])), str(row["arch"]), str(row["registers"]), spills, str(row["stack"])))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for name, *figures in table:
-        print(name.ljust(widths[0]), *(f.rjust(w) for f, w in zip(figures, widths[1:], strict=True)), sep="  ")
+        print(f"{name:<{width}}  {row['arch']:<7} {row['registers']:>9}  {spills:>11}  {row['stack']:>5}")
 
 
 def main(arguments: list[str]) -> int:
