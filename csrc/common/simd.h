@@ -11,6 +11,7 @@ NG_NAMESPACE_BEGIN
 
 using F32x8 = float __attribute__((vector_size(32)));
 using F64x4 = double __attribute__((vector_size(32)));
+using I32x8 = int32_t __attribute__((vector_size(32)));
 using U32x8 = uint32_t __attribute__((vector_size(32)));
 using U16x8 = uint16_t __attribute__((vector_size(16)));
 
@@ -43,10 +44,18 @@ NG_HOST_DEVICE F32x8 load_pack(const bf16* p) {
     const U32x8 wide = __builtin_convertvector(narrow, U32x8) << 16;
     return bit_cast<F32x8>(wide);
 }
+NG_HOST_DEVICE U32x8 choose(U32x8 mask, U32x8 yes, U32x8 no) { return (yes & mask) | (no & ~mask); }
+
+// As to_float(f16), eight at a time.
 NG_HOST_DEVICE F32x8 load_pack(const f16* p) {
-    F32x8 pack;
-    for (int i = 0; i < 8; ++i) pack[i] = to_float(p[i]);
-    return pack;
+    U16x8 narrow;
+    memcpy(&narrow, p, sizeof(narrow));
+    const U32x8 wide = __builtin_convertvector(narrow, U32x8), magnitude = wide & 0x7fffu;
+    const F32x8 subnormal = __builtin_convertvector(bit_cast<I32x8>(magnitude), F32x8) * 0x1p-24f;
+    const U32x8 special = bit_cast<U32x8>(magnitude >= 0x7c00u) & (112u << 23);
+    const U32x8 normal = (magnitude << 13) + (112u << 23) + special;
+    const U32x8 bits = choose(bit_cast<U32x8>(magnitude < 0x0400u), bit_cast<U32x8>(subnormal), normal);
+    return bit_cast<F32x8>(bits | (wide & 0x8000u) << 16);
 }
 
 NG_HOST_DEVICE void store_pack(float* p, F32x8 pack) { memcpy(p, &pack, sizeof(pack)); }
@@ -55,12 +64,20 @@ NG_HOST_DEVICE void store_pack(bf16* p, F32x8 pack) {
     const U32x8 bits = bit_cast<U32x8>(pack);
     const U32x8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const U32x8 nan = bit_cast<U32x8>(pack != pack);  // all ones where NaN
-    const U32x8 chosen = (((bits >> 16) | 0x40u) & nan) | (rounded & ~nan);
-    const U16x8 narrow = __builtin_convertvector(chosen, U16x8);
+    const U16x8 narrow = __builtin_convertvector(choose(nan, (bits >> 16) | 0x40u, rounded), U16x8);
     memcpy(p, &narrow, sizeof(narrow));
 }
+// As from_float<f16>, eight at a time.
 NG_HOST_DEVICE void store_pack(f16* p, F32x8 pack) {
-    for (int i = 0; i < 8; ++i) p[i] = from_float<f16>(pack[i]);
+    const U32x8 bits = bit_cast<U32x8>(pack), magnitude = bits & 0x7fffffffu;
+    const F32x8 magic = F32x8{} + 0.5f;
+    const U32x8 normal = ((magnitude + 0xfffu + ((magnitude >> 13) & 1u)) >> 13) - (112u << 10);
+    const U32x8 subnormal = bit_cast<U32x8>(bit_cast<F32x8>(magnitude) + magic) - bit_cast<U32x8>(magic);
+    U32x8 code = choose(bit_cast<U32x8>(magnitude < 0x38800000u), subnormal, normal);
+    code = choose(bit_cast<U32x8>(magnitude >= 0x477ff000u), U32x8{} + 0x7c00u, code);
+    code = choose(bit_cast<U32x8>(magnitude > 0x7f800000u), U32x8{} + 0x7e00u, code);
+    const U16x8 narrow = __builtin_convertvector(code | ((bits >> 16) & 0x8000u), U16x8);
+    memcpy(p, &narrow, sizeof(narrow));
 }
 
 // The sum of the lanes, as a fixed tree.

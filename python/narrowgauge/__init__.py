@@ -1,0 +1,11 @@
+"""Hand-written CUDA and C++ kernels for the part of PyTorch training that is not the matmul."""
+
+from narrowgauge._version import __version__
+from narrowgauge.ops import library as _library
+from narrowgauge.ops.library import backend, info
+
+_library.load()
+
+from narrowgauge import nn  # noqa: E402
+
+__all__ = ["__version__", "backend", "info", "nn"]

@@ -1,0 +1,5 @@
+"""The functional forms of the layers in :mod:`narrowgauge.nn`."""
+
+from narrowgauge.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+
+__all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]

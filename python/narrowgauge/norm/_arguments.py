@@ -1,0 +1,133 @@
+"""Argument checks of the public normalization functions, and what their modules share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Union
+
+import torch
+from torch import Tensor, nn
+
+from narrowgauge.norm._reference import compute_dtype
+from narrowgauge.ops import checks
+
+Shape = Union[int, Sequence[int]]
+
+
+def as_sizes(normalized_shape: Shape) -> tuple[int, ...]:
+    """`normalized_shape` as a tuple."""
+    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+
+
+def normalized_sizes(function: str, x: Tensor, normalized_shape: Shape) -> tuple[int, ...]:
+    """`normalized_shape` as a tuple, after checking that it is how the shape of x ends."""
+    sizes = as_sizes(normalized_shape)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{function}: x must be a tensor, got {type(x).__name__}")
+    if not sizes or tuple(x.shape[-len(sizes) :]) != sizes:
+        raise ValueError(
+            f"{function}: x has shape {tuple(x.shape)}, which does not end in normalized_shape {sizes}; "
+            "pass the sizes of the trailing dimensions to normalize over"
+        )
+    return sizes
+
+
+def last_size(function: str, x: Tensor) -> tuple[int]:
+    """The size of the last dimension, which the residual forms normalize over."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{function}: x must be a tensor, got {type(x).__name__}")
+    if x.dim() == 0:
+        raise ValueError(f"{function}: x must have at least one dimension, got a scalar tensor")
+    return (x.shape[-1],)
+
+
+def residual_as(function: str, x: Tensor, residual: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The residual in the dtype that the returned sum is to have."""
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"{function}: residual must be a tensor, got {type(residual).__name__}")
+    if dtype is None or dtype == residual.dtype:
+        return residual
+    if dtype not in (x.dtype, torch.float32) or (x.dtype == torch.float64 and dtype != torch.float64):
+        raise TypeError(
+            f"{function}: residual_dtype is {dtype} for x of {x.dtype}; expected that dtype or float32"
+        )
+    return residual.to(dtype)
+
+
+def check(
+    function: str,
+    x: Tensor,
+    sizes: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None,
+    residual: Tensor | None = None,
+) -> None:
+    """Raises a TypeError or ValueError that names the first wrong argument."""
+    checks.check_floating(function, x=x, weight=weight, bias=bias, residual=residual)
+    checks.check_eps(function, eps)
+    checks.check_same_device(function, "x", x, weight=weight, bias=bias, residual=residual)
+    companions = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is None:
+            continue
+        if tuple(vector.shape) != sizes:
+            raise ValueError(
+                f"{function}: {name} has shape {tuple(vector.shape)}; expected normalized_shape {sizes}"
+            )
+        if vector.dtype not in companions:
+            raise TypeError(
+                f"{function}: {name} has dtype {vector.dtype} beside x of {x.dtype}; "
+                f"convert it to {' or '.join(map(str, companions))}"
+            )
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"{function}: residual has shape {tuple(residual.shape)}; expected that of x, {tuple(x.shape)}"
+            )
+        if residual.dtype not in companions:
+            raise TypeError(
+                f"{function}: residual has dtype {residual.dtype} beside x of {x.dtype}; "
+                f"convert it to {' or '.join(map(str, companions))}"
+            )
+    if out_dtype is not None and out_dtype not in companions:
+        raise TypeError(
+            f"{function}: out_dtype is {out_dtype} for x of {x.dtype}; expected {' or '.join(map(str, companions))}"
+        )
+
+
+def machine_eps(dtype: torch.dtype) -> float:
+    """What ``eps=None`` means: the machine epsilon of the compute dtype, as in ``torch.nn.functional.rms_norm``."""
+    return torch.finfo(compute_dtype(dtype)).eps
+
+
+def flattened(
+    norm: Callable[..., Tensor],
+    x: Tensor,
+    sizes: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *rest: object,
+) -> Tensor:
+    """Calls an operator over the last dimension with several trailing dimensions flattened into it."""
+    rows = x.reshape(*x.shape[: -len(sizes)], math.prod(sizes)).contiguous()
+    weight, bias = (None if vector is None else vector.flatten() for vector in (weight, bias))
+    return norm(rows, weight, bias, *rest).view(x.shape)
+
+
+def register_affine(
+    module: nn.Module,
+    *,
+    weight: bool,
+    bias: bool,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Registers the parameters ``weight`` and ``bias`` (or None) of a norm, uninitialised."""
+    for name, wanted in (("weight", weight), ("bias", bias)):
+        values = (
+            nn.Parameter(torch.empty(module.normalized_shape, device=device, dtype=dtype)) if wanted else None
+        )
+        module.register_parameter(name, values)

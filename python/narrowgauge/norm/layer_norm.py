@@ -1,0 +1,209 @@
+"""LayerNorm (Ba, Kiros and Hinton, arXiv 1607.06450), plain and with a fused residual add.
+
+    y = (x - mean) * rstd * (weight + weight_offset) + bias,    rstd = 1 / sqrt(mean((x - mean)^2) + eps)
+
+over the last dimension (or the last few, flattened).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from narrowgauge.norm import _arguments, _autograd, _reference
+from narrowgauge.norm._arguments import Shape
+from narrowgauge.ops import Sample, SampleMaker, checks, operator
+
+
+def _samples(make: SampleMaker) -> Iterator[Sample]:
+    return _reference.forward_samples(make, residual=False)
+
+
+def _residual_samples(make: SampleMaker) -> Iterator[Sample]:
+    return _reference.forward_samples(make, residual=True)
+
+
+def _backward_samples(make: SampleMaker) -> Iterator[Sample]:
+    return _reference.backward_samples(make, centred=True)
+
+
+@operator(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, float weight_offset, ScalarType? out_dtype) -> Tensor",
+    samples=_samples,
+)
+def layer_norm_op(x, weight, bias, eps, weight_offset, out_dtype):
+    """y, for calls that need no gradient."""
+    return _reference.forward(x, None, weight, bias, eps, weight_offset, out_dtype, centred=True)[0]
+
+
+@operator(
+    "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, float weight_offset, ScalarType? out_dtype)"
+    " -> (Tensor y, Tensor mean, Tensor rstd)",
+    samples=_samples,
+)
+def layer_norm_forward_op(x, weight, bias, eps, weight_offset, out_dtype):
+    """y, and mean and rstd of each row for the backward."""
+    y, _, mean, rstd = _reference.forward(x, None, weight, bias, eps, weight_offset, out_dtype, centred=True)
+    return y, mean, rstd
+
+
+@operator(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float weight_offset,"
+    " ScalarType? out_dtype) -> (Tensor y, Tensor residual_out)",
+    samples=_residual_samples,
+)
+def add_layer_norm_op(x, residual, weight, bias, eps, weight_offset, out_dtype):
+    """The norm of x + residual, and the sum itself in the dtype of residual."""
+    y, s, _, _ = _reference.forward(x, residual, weight, bias, eps, weight_offset, out_dtype, centred=True)
+    return y, _reference.stored_sum(s, residual)
+
+
+@operator(
+    "add_layer_norm_forward(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float weight_offset,"
+    " ScalarType? out_dtype) -> (Tensor y, Tensor residual_out, Tensor mean, Tensor rstd)",
+    samples=_residual_samples,
+)
+def add_layer_norm_forward_op(x, residual, weight, bias, eps, weight_offset, out_dtype):
+    """As add_layer_norm, with mean and rstd of each row for the backward."""
+    y, s, mean, rstd = _reference.forward(
+        x, residual, weight, bias, eps, weight_offset, out_dtype, centred=True
+    )
+    return y, _reference.stored_sum(s, residual), mean, rstd
+
+
+@operator(
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias,"
+    " Tensor? dresidual, float weight_offset, bool affine_gradients) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    samples=_backward_samples,
+)
+def layer_norm_backward_op(dy, x, mean, rstd, weight, bias, dresidual, weight_offset, affine_gradients):
+    """All gradients in one pass over dy and x; dresidual, the gradient of residual_out, is added to dx."""
+    return _reference.backward(dy, x, mean, rstd, weight, bias, dresidual, weight_offset, affine_gradients)
+
+
+_layer_norm = _autograd.plain(layer_norm_op, layer_norm_forward_op, layer_norm_backward_op)
+_add_layer_norm = _autograd.with_residual(
+    add_layer_norm_op, add_layer_norm_forward_op, layer_norm_backward_op
+)
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: Shape,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    weight_offset: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Layer normalization over the trailing dimensions; the order of arguments is torch's.
+
+    Args:
+        x: Input of shape ``(..., *normalized_shape)``; float32, bfloat16, float16 or float64; any layout.
+        normalized_shape: Size, or sizes, of the trailing dimensions to normalize over.
+        weight: Scale of shape `normalized_shape`, in the dtype of x or float32. Default: none.
+        bias: Shift of shape `normalized_shape`, in the dtype of x or float32. Default: none.
+        eps: Added to the (biased) variance. Default 1e-5.
+        weight_offset: Added to the weight; 1 for a zero-centred weight. Default 0.
+        out_dtype: Dtype of the result, that of x (the default) or float32.
+
+    Returns:
+        A tensor of the shape of x. Statistics and arithmetic are float32 (float64 for float64), rounded once.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, a device or eps does not fit.
+
+    Source: arXiv 1607.06450.
+    """
+    sizes = _arguments.normalized_sizes("layer_norm", x, normalized_shape)
+    _arguments.check("layer_norm", x, sizes, weight, bias, eps, out_dtype)
+    if len(sizes) == 1:
+        return _layer_norm(x.contiguous(), weight, bias, eps, weight_offset, out_dtype)
+    return _arguments.flattened(_layer_norm, x, sizes, weight, bias, eps, weight_offset, out_dtype)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    weight_offset: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``layer_norm(x + residual)`` over the last dimension and the sum, in one pass over memory.
+
+    Args:
+        x: Output of the branch, shape ``(..., d)``.
+        residual: Residual stream, shape of x, in the dtype of x or float32.
+        weight, bias, weight_offset, out_dtype: As in :func:`layer_norm`, with shapes ``(d,)``.
+        eps: Added to the variance. Default 1e-5.
+        residual_dtype: Dtype of the returned sum, that of x or float32. Default: that of residual.
+
+    Returns:
+        The normed sum and the new residual stream. The norm is taken of the un-rounded sum.
+
+    Raises:
+        TypeError, ValueError: As :func:`layer_norm`.
+    """
+    sizes = _arguments.last_size("add_layer_norm", x)
+    residual = _arguments.residual_as("add_layer_norm", x, residual, residual_dtype)
+    _arguments.check("add_layer_norm", x, sizes, weight, bias, eps, out_dtype, residual)
+    return _add_layer_norm(x.contiguous(), residual.contiguous(), weight, bias, eps, weight_offset, out_dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalization; takes the place of :class:`torch.nn.LayerNorm`.
+
+    Args:
+        normalized_shape: Size, or sizes, of the trailing dimensions to normalize over.
+        eps: Added to the (biased) variance. Default 1e-5.
+        elementwise_affine: Learn a weight (and bias). Default True.
+        bias: Learn a bias as well. Default True.
+        weight_offset: Added to the weight; with 1 the weight starts at zeros, else at ones. Default 0.
+
+    Source: arXiv 1607.06450. Parameters and state_dict are those of ``torch.nn.LayerNorm``.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: Shape,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        weight_offset: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        checks.check_eps("LayerNorm", eps)
+        self.normalized_shape = _arguments.as_sizes(normalized_shape)
+        self.eps, self.elementwise_affine, self.weight_offset = eps, elementwise_affine, weight_offset
+        _arguments.register_affine(
+            self, weight=elementwise_affine, bias=elementwise_affine and bias, device=device, dtype=dtype
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the effective weight to one and the bias to zero."""
+        if self.weight is not None:
+            nn.init.constant_(self.weight, 1.0 - self.weight_offset)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(
+            x, self.normalized_shape, self.weight, self.bias, self.eps, weight_offset=self.weight_offset
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}, "
+            f"bias={self.bias is not None}, weight_offset={self.weight_offset}"
+        )

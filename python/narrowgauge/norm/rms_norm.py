@@ -1,0 +1,253 @@
+"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467), plain and with a fused residual add.
+
+    y = x * rstd * (weight + weight_offset) + bias,    rstd = 1 / sqrt(mean(x^2) + eps)
+
+over the last dimension (or the last few, flattened).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from narrowgauge.norm import _arguments, _autograd, _reference
+from narrowgauge.norm._arguments import Shape
+from narrowgauge.ops import Sample, SampleMaker, checks, operator
+
+
+def _samples(make: SampleMaker) -> Iterator[Sample]:
+    return _reference.forward_samples(make, residual=False)
+
+
+def _residual_samples(make: SampleMaker) -> Iterator[Sample]:
+    return _reference.forward_samples(make, residual=True)
+
+
+def _backward_samples(make: SampleMaker) -> Iterator[Sample]:
+    return _reference.backward_samples(make, centred=False)
+
+
+@operator(
+    "rms_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, float weight_offset, ScalarType? out_dtype) -> Tensor",
+    samples=_samples,
+)
+def rms_norm_op(x, weight, bias, eps, weight_offset, out_dtype):
+    """y, for calls that need no gradient."""
+    return _reference.forward(x, None, weight, bias, eps, weight_offset, out_dtype, centred=False)[0]
+
+
+@operator(
+    "rms_norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, float weight_offset, ScalarType? out_dtype)"
+    " -> (Tensor y, Tensor rstd)",
+    samples=_samples,
+)
+def rms_norm_forward_op(x, weight, bias, eps, weight_offset, out_dtype):
+    """y, and rstd of each row for the backward."""
+    y, _, _, rstd = _reference.forward(x, None, weight, bias, eps, weight_offset, out_dtype, centred=False)
+    return y, rstd
+
+
+@operator(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float weight_offset,"
+    " ScalarType? out_dtype) -> (Tensor y, Tensor residual_out)",
+    samples=_residual_samples,
+)
+def add_rms_norm_op(x, residual, weight, bias, eps, weight_offset, out_dtype):
+    """The norm of x + residual, and the sum itself in the dtype of residual."""
+    y, s, _, _ = _reference.forward(x, residual, weight, bias, eps, weight_offset, out_dtype, centred=False)
+    return y, _reference.stored_sum(s, residual)
+
+
+@operator(
+    "add_rms_norm_forward(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float weight_offset,"
+    " ScalarType? out_dtype) -> (Tensor y, Tensor residual_out, Tensor rstd)",
+    samples=_residual_samples,
+)
+def add_rms_norm_forward_op(x, residual, weight, bias, eps, weight_offset, out_dtype):
+    """As add_rms_norm, with rstd of each row for the backward."""
+    y, s, _, rstd = _reference.forward(
+        x, residual, weight, bias, eps, weight_offset, out_dtype, centred=False
+    )
+    return y, _reference.stored_sum(s, residual), rstd
+
+
+@operator(
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? dresidual,"
+    " float weight_offset, bool affine_gradients) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    samples=_backward_samples,
+)
+def rms_norm_backward_op(dy, x, rstd, weight, bias, dresidual, weight_offset, affine_gradients):
+    """All gradients in one pass over dy and x; dresidual, the gradient of residual_out, is added to dx."""
+    return _reference.backward(dy, x, None, rstd, weight, bias, dresidual, weight_offset, affine_gradients)
+
+
+_rms_norm = _autograd.plain(rms_norm_op, rms_norm_forward_op, rms_norm_backward_op)
+_add_rms_norm = _autograd.with_residual(add_rms_norm_op, add_rms_norm_forward_op, rms_norm_backward_op)
+
+
+def rms_norm(
+    x: Tensor,
+    normalized_shape: Shape,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    bias: Tensor | None = None,
+    weight_offset: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Root mean square normalization over the trailing dimensions.
+
+    Args:
+        x: Input of shape ``(..., *normalized_shape)``; float32, bfloat16, float16 or float64; any layout.
+        normalized_shape: Size, or sizes, of the trailing dimensions to normalize over.
+        weight: Scale of shape `normalized_shape`, in the dtype of x or float32. Default: none.
+        eps: Added to the mean square. Default: machine epsilon of the compute dtype (1.19e-7; 2.2e-16 for float64).
+        bias: Shift of shape `normalized_shape`, in the dtype of x or float32. Default: none.
+        weight_offset: Added to the weight; 1 for a zero-centred weight, as in Gemma. Default 0.
+        out_dtype: Dtype of the result, that of x (the default) or float32.
+
+    Returns:
+        A tensor of the shape of x. Statistics and arithmetic are float32 (float64 for float64), rounded once.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, a device or eps does not fit.
+
+    Source: arXiv 1910.07467, with eps inside the root.
+    """
+    sizes = _arguments.normalized_sizes("rms_norm", x, normalized_shape)
+    if eps is None:
+        eps = _arguments.machine_eps(x.dtype)
+    _arguments.check("rms_norm", x, sizes, weight, bias, eps, out_dtype)
+    if len(sizes) == 1:
+        return _rms_norm(x.contiguous(), weight, bias, eps, weight_offset, out_dtype)
+    return _arguments.flattened(_rms_norm, x, sizes, weight, bias, eps, weight_offset, out_dtype)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    bias: Tensor | None = None,
+    weight_offset: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``rms_norm(x + residual)`` over the last dimension and the sum, in one pass over memory.
+
+    Args:
+        x: Output of the branch, shape ``(..., d)``.
+        residual: Residual stream, shape of x, in the dtype of x or float32.
+        weight, bias, weight_offset, out_dtype: As in :func:`rms_norm`, with shapes ``(d,)``.
+        eps: Added to the mean square. Default 1e-6.
+        residual_dtype: Dtype of the returned sum, that of x or float32. Default: that of residual.
+
+    Returns:
+        The normed sum and the new residual stream. The norm is taken of the un-rounded sum.
+
+    Raises:
+        TypeError, ValueError: As :func:`rms_norm`.
+    """
+    sizes = _arguments.last_size("add_rms_norm", x)
+    residual = _arguments.residual_as("add_rms_norm", x, residual, residual_dtype)
+    _arguments.check("add_rms_norm", x, sizes, weight, bias, eps, out_dtype, residual)
+    return _add_rms_norm(x.contiguous(), residual.contiguous(), weight, bias, eps, weight_offset, out_dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalization; takes the place of :class:`torch.nn.RMSNorm`.
+
+    Args:
+        normalized_shape: Size, or sizes, of the trailing dimensions to normalize over.
+        eps: Added to the mean square. Default None: machine epsilon of the compute dtype.
+        elementwise_affine: Learn a weight (and bias, where asked for). Default True.
+        weight_offset: Added to the weight; with 1 (Gemma) the weight starts at zeros, else at ones. Default 0.
+        casting: Where a narrow input is rounded. ``"gemma"`` (default): float32 throughout, rounded once at the end;
+            ``"llama"``: the normalized value is rounded to the input dtype before it is multiplied by the weight, as in
+            the Llama of Transformers; ``"none"``: everything in the input dtype. The last two run unfused.
+        bias: Learn a bias as well. Default False.
+        output_scale: Constant factor of the result (LayerNorm Scaling, arXiv 2502.05795). Default 1.
+
+    Source: arXiv 1910.07467. Parameters and state_dict are those of ``torch.nn.RMSNorm``.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: Shape,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        weight_offset: float = 0.0,
+        casting: Literal["gemma", "llama", "none"] = "gemma",
+        *,
+        bias: bool = False,
+        output_scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        checks.check_choice("RMSNorm", "casting", casting, ("gemma", "llama", "none"))
+        if eps is not None:
+            checks.check_eps("RMSNorm", eps)
+        self.normalized_shape = _arguments.as_sizes(normalized_shape)
+        self.eps, self.elementwise_affine, self.weight_offset = eps, elementwise_affine, weight_offset
+        self.casting, self.output_scale = casting, output_scale
+        _arguments.register_affine(
+            self, weight=elementwise_affine, bias=elementwise_affine and bias, device=device, dtype=dtype
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the effective weight to one and the bias to zero."""
+        if self.weight is not None:
+            nn.init.constant_(self.weight, 1.0 - self.weight_offset)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.casting != "gemma":
+            return self._cast_early(x)
+        if self.output_scale == 1.0:
+            return rms_norm(
+                x,
+                self.normalized_shape,
+                self.weight,
+                self.eps,
+                bias=self.bias,
+                weight_offset=self.weight_offset,
+            )
+        if self.weight is None:
+            return rms_norm(x, self.normalized_shape, None, self.eps) * self.output_scale
+        scale = self.output_scale
+        return rms_norm(
+            x,
+            self.normalized_shape,
+            self.weight * scale,
+            self.eps,
+            bias=None if self.bias is None else self.bias * scale,
+            weight_offset=self.weight_offset * scale,
+        )
+
+    def _cast_early(self, x: Tensor) -> Tensor:
+        if self.casting == "llama":
+            y = rms_norm(x, self.normalized_shape, None, self.eps)
+        else:
+            dims = tuple(range(-len(self.normalized_shape), 0))
+            eps = _arguments.machine_eps(x.dtype) if self.eps is None else self.eps
+            y = x * (x.square().mean(dims, keepdim=True) + eps).rsqrt()
+        if self.weight is not None:
+            y = y * (self.weight + self.weight_offset).to(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias.to(x.dtype)
+        return y if self.output_scale == 1.0 else y * self.output_scale
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}, "
+            f"weight_offset={self.weight_offset}, casting={self.casting!r}, bias={self.bias is not None}, "
+            f"output_scale={self.output_scale}"
+        )
