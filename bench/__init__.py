@@ -1,1 +1,1 @@
-"""Benchmarks: one harness, and the cases of each room. `narrowgauge bench` runs them; so does `pytest bench`."""
+"""Benchmarks: one harness and the cases of each room. `narrowgauge bench` runs them; so does pytest."""

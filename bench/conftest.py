@@ -17,14 +17,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", metafunc.module.CASES, ids=str)
+        device = metafunc.config.getoption("--bench-device")
+        metafunc.parametrize("case", harness.cases_of([metafunc.module], device), ids=str)
 
 
 @pytest.fixture(scope="session")
 def setting(pytestconfig: pytest.Config) -> harness.Setting:
     harness.keep_freed_memory()
     return harness.Setting(
-        device=pytestconfig.getoption("--bench-device"), compile=not pytestconfig.getoption("--bench-no-compile")
+        device=pytestconfig.getoption("--bench-device"),
+        compile=not pytestconfig.getoption("--bench-no-compile"),
     )
 
 

@@ -1,13 +1,14 @@
 """One way to time things, used by every benchmark.
 
-The contestants of a case run in one process on the same random data, in rounds; each round runs every contestant once,
-in a new order. A copy of as many bytes as the case must move is a contestant too, so the roofline is measured under the
-same noise as everything else. Ratios are taken within a round and then summed up: a machine that slows down for a while
-slows down both sides of a ratio.
+The contestants of a case run in one process on the same random data, in rounds; each round runs every
+contestant once, in a new order. A copy of as many bytes as the case must move is a contestant too, so the
+roofline is measured under the same noise as everything else. Ratios are taken within a round and then
+summed up: a machine that slows down for a while slows down both sides of a ratio.
 
-On the CPU a sample is as many calls as fill a millisecond, with warm caches. On CUDA it is one call with cold caches:
-the second-level cache is overwritten first, and the device is kept busy while the host enqueues, so that the events
-around the call see the device's time and not the launch. Cases about call overhead ask for host time on both.
+On the CPU a sample is as many calls as fill a millisecond, with warm caches. On CUDA it is one call with
+cold caches: the second-level cache is overwritten first, and the device is kept busy while the host
+enqueues, so that the events around the call see the device's time and not the launch. Cases about call
+overhead ask for host time on both.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ OURS, COPY = "narrowgauge", "copy"
 Call = Callable[[], object]
 
 
-# ---- What is compared ------------------------------------------------------------------------------------------------
+# --- What is compared ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,16 @@ class Setting:
     device: str = "cpu"
     compile: bool = True
 
-    def random(self, *shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> torch.Tensor:
+    def random(
+        self, *shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = False
+    ) -> torch.Tensor:
         """Normally distributed data: zeros cost less power and less time than real numbers."""
         return torch.randn(shape, device=self.device).to(dtype).requires_grad_(requires_grad)
 
 
 @dataclass
 class Contest:
-    """The contestants of a case, ours first, and the bytes that one call must move (None: nothing to compare with)."""
+    """The contestants of a case, ours first, and the bytes one call must move (None: no roofline)."""
 
     contestants: dict[str, Call]
     bytes_moved: int | None = None
@@ -70,6 +73,7 @@ class Case:
     detail: str
     build: Callable[[Setting], Contest]
     host_time: bool = False
+    only_on: str | None = None  # the type of device without which it makes no sense
 
     @property
     def name(self) -> str:
@@ -84,7 +88,7 @@ def traffic(*values: Any) -> int:
     return sum(leaf.nbytes for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
 
 
-# ---- Clocks ----------------------------------------------------------------------------------------------------------
+# --- Clocks -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -138,11 +142,11 @@ def cold_cuda_time(device: str) -> Callable[[Call, int], float]:
     return run
 
 
-# ---- Measuring -------------------------------------------------------------------------------------------------------
+# --- Measuring ----------------------------------------------------------------------------------------------
 
 
 class Comparison:
-    """Times contestants round by round. `measure` drives one to its end; pytest-benchmark may drive one too."""
+    """Times contestants round by round; driven by `measure`, or by pytest-benchmark."""
 
     def __init__(self, contestants: Mapping[str, Call], clock: Clock, *, seed: int = 0):
         self.contestants = dict(contestants)
@@ -185,7 +189,9 @@ class Measurement:
     rounds: int
     times: dict[str, Spread]
     speedups: dict[str, Spread]  # per rival: its time over ours, above 1 where ours is faster
-    roofline: dict[str, float]  # per contestant: share of the copy's bandwidth, 1 is a copy; empty without bytes_moved
+    roofline: dict[
+        str, float
+    ]  # per contestant: share of the copy's bandwidth, 1 is a copy; empty without bytes_moved
     bytes_moved: int | None
 
     @classmethod
@@ -271,14 +277,15 @@ def run(case: Case, setting: Setting, seconds: float = 2.0) -> dict[str, Any]:
     }
 
 
-# ---- The setting of a whole run --------------------------------------------------------------------------------------
+# --- The setting of a whole run -----------------------------------------------------------------------------
 
 
 def keep_freed_memory() -> dict[str, Any]:
-    """Makes glibc reuse freed pages for large tensors instead of asking the kernel for zeroed ones at every call.
+    """Makes glibc reuse freed pages for large tensors instead of asking the kernel for zeroed ones each time.
 
-    First-touch page faults would otherwise be most of the time of every contestant that returns a large fresh tensor.
-    It holds for the whole process, so for all contestants alike. Returns what was set, for the record.
+    First-touch page faults would otherwise be most of the time of contestants that return a large fresh
+    tensor. It holds for the whole process, so for all contestants alike. Returns what was set, for the
+    record.
     """
     trim_threshold, mmap_threshold, largest = -1, -3, 2**31 - 1  # from malloc.h
     try:
@@ -286,7 +293,12 @@ def keep_freed_memory() -> dict[str, Any]:
     except (AttributeError, OSError, TypeError):
         return {"allocator": "default"}
     accepted = mallopt(mmap_threshold, largest) == 1 and mallopt(trim_threshold, largest) == 1
-    return {"allocator": "glibc", "M_MMAP_THRESHOLD": largest, "M_TRIM_THRESHOLD": largest, "accepted": accepted}
+    return {
+        "allocator": "glibc",
+        "M_MMAP_THRESHOLD": largest,
+        "M_TRIM_THRESHOLD": largest,
+        "accepted": accepted,
+    }
 
 
 def copy_bandwidth(device: str, megabytes: int = 256) -> float:
@@ -298,9 +310,13 @@ def copy_bandwidth(device: str, megabytes: int = 256) -> float:
     return 2 * size / copied.times()[COPY].median
 
 
-def cases_of(modules: Iterable[Any], pattern: str = "") -> list[Case]:
-    """The cases whose name contains every word of the pattern."""
+def cases_of(modules: Iterable[Any], device: str, pattern: str = "") -> list[Case]:
+    """The cases for a device whose name contains every word of the pattern."""
+    cases = [case for module in modules for case in module.CASES]
     words = pattern.lower().split()
     return [
-        case for module in modules for case in module.CASES if all(word in case.name.lower() for word in words)
+        case
+        for case in cases
+        if case.only_on in (None, device.partition(":")[0])
+        and all(word in case.name.lower() for word in words)
     ]

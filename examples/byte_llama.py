@@ -1,7 +1,7 @@
 """A Llama-style language model over bytes, in plain PyTorch: the model that `narrowgauge demo` trains.
 
-Nothing here knows of narrowgauge except `main`, which swaps the norms, trains for a moment on the standard library's
-source and lets the model write: `python -m narrowgauge.examples.byte_llama`.
+Nothing here knows of narrowgauge except `main`, which swaps the norms, trains for a moment on the source of
+the standard library and lets the model write: `python -m narrowgauge.examples.byte_llama`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.dim < 1 or self.dim % self.head_dim:
-            raise ValueError(f"dim is {self.dim}; it must be a positive multiple of head_dim, {self.head_dim}")
+            raise ValueError(
+                f"dim is {self.dim}; it must be a positive multiple of head_dim, {self.head_dim}"
+            )
 
     @property
     def hidden(self) -> int:

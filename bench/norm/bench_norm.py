@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import narrowgauge.nn.functional as ng
-from bench.harness import OURS, Call, Case, Contest, Setting, traffic
+from bench.harness import OURS, Call, Case, Contest, Setting
+from narrowgauge.ops import registry
 
 EPS = 1e-5
 SHAPES = ((4096, 4096), (256, 1024))
@@ -59,6 +60,22 @@ CONTESTANTS = {
 }
 
 
+def bytes_moved(
+    name: str, inputs: list[Tensor], residual: Tensor | None, gradients: list[Tensor] | None
+) -> int:
+    """Of the operators behind a call; with gradients, those of training and their backward."""
+    x, weight, bias = (*inputs, None)[:3]
+    arguments = (x, *([] if residual is None else [residual]), weight, bias, EPS, 0.0, None)
+    if gradients is None:
+        return registry[name].bytes_moved(*arguments)
+    forward, backward = registry[f"{name}_forward"], registry[f"{name.removeprefix('add_')}_backward"]
+    statistics = forward(*arguments)[len(gradients) :]
+    dy, dresidual = (*gradients, None)[:2]
+    return forward.bytes_moved(*arguments) + backward.bytes_moved(
+        dy, x, *statistics, weight, bias, dresidual, 0.0, True
+    )
+
+
 def norm_case(name: str, shape: tuple[int, int], dtype: torch.dtype, backward: bool) -> Case:
     """Ours, eager and compiled on one input. Parameters and activations have the same dtype."""
 
@@ -84,12 +101,10 @@ def norm_case(name: str, shape: tuple[int, int], dtype: torch.dtype, backward: b
 
         outputs = eager(*inputs, **residual)
         gradients = [torch.randn_like(output) for output in outputs]
-        moved = traffic(inputs, residual, outputs)
-        if backward:
-            # Reads the incoming gradients, the normalized input again and the weight; writes a gradient for each of
-            # the inputs, where the summands of a residual sum share one.
-            moved += traffic(gradients, outputs[0], inputs[1], inputs)
-        contest = Contest({OURS: call(ours), "eager": call(eager)}, moved)
+        contest = Contest(
+            {OURS: call(ours), "eager": call(eager)},
+            bytes_moved(name, inputs, residual.get("residual"), gradients if backward else None),
+        )
         if setting.compile:
             contest.contestants["compile"] = call(torch.compile(eager, dynamic=False))
         return contest

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import sys
 
-EXTRA_OF = {"typer": "cli", "rich": "cli", "matplotlib": "cli", "pytest": "bench", "pytest_benchmark": "bench"}
+EXTRA_OF = {
+    "typer": "cli",
+    "rich": "cli",
+    "matplotlib": "cli",
+    "pytest": "bench",
+    "pytest_benchmark": "bench",
+}
 
 
 def app() -> None:

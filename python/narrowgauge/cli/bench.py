@@ -6,7 +6,7 @@ import importlib
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -23,7 +23,9 @@ def find_checkout() -> Path | None:
     """The source tree around the current directory, or around an editable install."""
     places = [Path.cwd(), Path(narrowgauge.__file__).resolve().parent]
     candidates = (directory for place in places for directory in (place, *place.parents))
-    return next((directory for directory in candidates if (directory / "bench" / "harness.py").is_file()), None)
+    return next(
+        (directory for directory in candidates if (directory / "bench" / "harness.py").is_file()), None
+    )
 
 
 def load_bench(checkout: Path) -> tuple[Any, list[Any]]:
@@ -39,13 +41,18 @@ def load_bench(checkout: Path) -> tuple[Any, list[Any]]:
 
 def bench(
     pattern: Annotated[
-        str, typer.Argument(help='Words that must all be in a case\'s name, such as "rms_norm forward". All by default.')
+        str,
+        typer.Argument(
+            help='Words that must all be in a case\'s name, such as "rms_norm forward". All by default.'
+        ),
     ] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     seconds: Annotated[float, typer.Option(min=0.0, help="Time per case, after the warm-up.")] = 2.0,
-    compile: Annotated[bool, typer.Option(help="Compare with torch.compile too; it takes long to warm up.")] = True,
+    compile: Annotated[
+        bool, typer.Option(help="Compare with torch.compile too; it takes long to warm up.")
+    ] = True,
     out: Annotated[
-        Optional[Path], typer.Option(help="JSON file to write, with a PNG beside it. Default: in bench/results.")
+        Path | None, typer.Option(help="JSON file to write, with a PNG beside it. Default: in bench/results.")
     ] = None,
     list_only: Annotated[bool, typer.Option("--list", help="List the cases and stop.")] = False,
 ) -> None:
@@ -54,10 +61,12 @@ def bench(
 
     checkout = find_checkout()
     if checkout is None:
-        console.print("The benchmarks are in the source checkout, not in the package: clone it and run this inside.")
+        console.print(
+            "The benchmarks are in the source checkout, not in the package: clone it and run this inside."
+        )
         raise typer.Exit(2)
     harness, modules = load_bench(checkout)
-    cases = harness.cases_of(modules, pattern)
+    cases = harness.cases_of(modules, device, pattern)
     if not cases:
         raise bad_option("PATTERN", f"no case has {pattern!r} in its name; --list shows all")
     if list_only:

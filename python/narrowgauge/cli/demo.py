@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -16,28 +15,16 @@ from narrowgauge.cli.spread import Spread
 from narrowgauge.cli.terminal import bad_option, console
 
 
-class DType(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class StateDType(str, Enum):
-    fp32 = "fp32"
-    int8 = "int8"
-
-
-class Recipe(str, Enum):
-    int8_row = "int8-row"
-    fp8_row = "fp8-row"
-
-
 def demo(
     steps: Annotated[int, typer.Option(min=1, help="Steps of each training.")] = 300,
-    dtype: Annotated[DType, typer.Option(help="Of parameters and activations.")] = DType.float32,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of parameters and activations.")
+    ] = "float32",
     linear: Annotated[
-        Optional[Recipe], typer.Option(help="Also train the linear layers in low precision.")
+        Literal["int8-row", "fp8-row"] | None,
+        typer.Option(help="Also train the linear layers in low precision."),
     ] = None,
-    state_dtype: Annotated[StateDType, typer.Option(help="Of our optimizer's states.")] = StateDType.fp32,
+    state_dtype: Annotated[Literal["fp32", "int8"], typer.Option(help="Of our optimizer's states.")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dim: Annotated[int, typer.Option(help="Width of the model, a multiple of 64.")] = 192,
     layers: Annotated[int, typer.Option(min=1)] = 4,
@@ -49,9 +36,9 @@ def demo(
 ) -> None:
     """Train a small language model twice, with stock PyTorch and with narrowgauge, and compare.
 
-    The text is the source of the running Python's standard library. Both trainings start from the same parameters, see
-    the same batches, and take turns every few steps, so that whatever else the machine does falls on both. Ctrl-C keeps
-    what there is.
+    The text is the source of the running Python's standard library. Both trainings start from the same
+    parameters, see the same batches, and take turns every few steps, so that whatever else the machine does
+    falls on both. Ctrl-C keeps what there is.
     """
     from narrowgauge.cli.comparison import Comparison, Options
     from narrowgauge.cli.plots import plot_losses
@@ -65,9 +52,9 @@ def demo(
         dim=dim,
         layers=layers,
         device=device,
-        dtype=dtype.value,
-        linear=linear.value if linear else None,
-        state_dtype=state_dtype.value,
+        dtype=dtype,
+        linear=linear,
+        state_dtype=state_dtype,
         learning_rate=learning_rate,
         seed=seed,
     )
@@ -99,7 +86,9 @@ def check_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise bad_option("--out", f"{path} is not a directory that can be written: {error.strerror}") from error
+        raise bad_option(
+            "--out", f"{path} is not a directory that can be written: {error.strerror}"
+        ) from error
 
 
 def train(comparison: Any) -> bool:
@@ -127,7 +116,7 @@ def table(result: dict[str, Any]) -> Table:
     """The result of a demo, for the terminal."""
     stock, ours = result["runs"].values()
     comparison = result["comparison"]
-    made = Table(title="partial result, stopped early" if result["partial"] else None)
+    made = Table(title="partial result: stopped early" if result["partial"] else None)
     made.add_column("")
     for name in result["runs"]:
         made.add_column(name, justify="right")
@@ -135,10 +124,12 @@ def table(result: dict[str, Any]) -> Table:
     for kind in ("training", "validation"):
         difference = comparison["difference"][f"{kind}_loss"]
         note = "" if difference is None else f"difference {difference:+.4f}"
-        made.add_row(f"{kind} loss, nats per byte", *(number(r[f"{kind}_loss"], ".4f") for r in (stock, ours)), note)
-    speeds = [Spread.of(r["tokens_per_second"]).median if r["tokens_per_second"] else None for r in (stock, ours)]
+        made.add_row(f"{kind} loss", *(number(r[f"{kind}_loss"], ".4f") for r in (stock, ours)), note)
+    speeds = [
+        Spread.of(r["tokens_per_second"]).median if r["tokens_per_second"] else None for r in (stock, ours)
+    ]
     ratio = comparison["speed_ratio"]
-    note = f"{ratio['median']:.2f}x (p20 {ratio['p20']:.2f}, p80 {ratio['p80']:.2f})" if ratio else ""
+    note = f"{ratio['median']:.2f}x ({ratio['p20']:.2f}-{ratio['p80']:.2f})" if ratio else ""
     made.add_row("tokens per second", *(number(speed, ",.0f") for speed in speeds), note)
     for what in ("parameter", "optimizer_state"):
         sizes = [r[f"{what}_bytes"] for r in (stock, ours)]

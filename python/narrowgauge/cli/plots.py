@@ -11,7 +11,7 @@ import numpy as np
 from narrowgauge.cli.files import write_atomically
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
+from matplotlib import pyplot as plt
 
 
 def save(figure: Any, path: Path) -> None:
@@ -31,7 +31,7 @@ def plot_losses(result: dict[str, Any], path: Path) -> None:
     """Both loss curves of a demo: every step faint, the running mean on top."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     styles = (("tab:gray", "-", 3.0), ("tab:orange", "--", 1.5))  # ours dashed on top, so that both show
-    for (name, run), (color, line, width) in zip(result["runs"].items(), styles):
+    for (name, run), (color, line, width) in zip(result["runs"].items(), styles, strict=True):
         axes.plot(run["losses"], color=color, alpha=0.25, linewidth=0.8)
         axes.plot(smooth(run["losses"]), line, color=color, linewidth=width, label=name)
     options = result["options"]
@@ -48,7 +48,9 @@ def plot_speedups(result: dict[str, Any], path: Path) -> None:
     """One bar per case and contestant: how many times faster ours is, with the spread over rounds."""
     cases = result["cases"]
     rivals = sorted({name for case in cases for name in case["speedups"]})
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.28 * len(cases) * max(len(rivals), 1)), layout="constrained")
+    figure, axes = plt.subplots(
+        figsize=(8, 1.2 + 0.28 * len(cases) * max(len(rivals), 1)), layout="constrained"
+    )
     thickness = 0.8 / max(len(rivals), 1)
     for index, rival in enumerate(rivals):
         rows = [(row, case["speedups"][rival]) for row, case in enumerate(cases) if rival in case["speedups"]]
@@ -58,7 +60,9 @@ def plot_speedups(result: dict[str, Any], path: Path) -> None:
             [spread["median"] - spread["p20"] for _, spread in rows],
             [spread["p80"] - spread["median"] for _, spread in rows],
         ]
-        axes.barh(places, middles, thickness, xerr=reach, label=f"against {rival}", error_kw={"linewidth": 0.8})
+        axes.barh(
+            places, middles, thickness, xerr=reach, label=f"against {rival}", error_kw={"linewidth": 0.8}
+        )
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")

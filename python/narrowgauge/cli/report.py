@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -17,14 +17,18 @@ OURS = "narrowgauge"
 
 def report(
     results: Annotated[Path, typer.Argument(help="JSON written by bench or demo.")],
-    other: Annotated[Optional[Path], typer.Argument(help="A second one, to compare with the first.")] = None,
-    markdown: Annotated[bool, typer.Option(help="Print a Markdown page of ratios, as in docs/speed.md.")] = False,
+    other: Annotated[Path | None, typer.Argument(help="A second one, to compare with the first.")] = None,
+    markdown: Annotated[
+        bool, typer.Option(help="Print a Markdown page of ratios, as in docs/speed.md.")
+    ] = False,
 ) -> None:
     """Show what a results file holds, or how two of them differ."""
     first = read(results, "RESULTS")
     second = read(other, "OTHER") if other else None
     if second and second["kind"] != first["kind"]:
-        raise bad_option("OTHER", f"holds a {second['kind']} result and cannot be compared with a {first['kind']} result")
+        raise bad_option(
+            "OTHER", f"holds a {second['kind']} result and cannot be compared with a {first['kind']} result"
+        )
     if (markdown or second) and first["kind"] != "bench":
         raise bad_option("RESULTS", "only results of bench can be compared or printed as Markdown")
     if second:
@@ -82,7 +86,7 @@ def bench_table(result: dict[str, Any]) -> Table:
 
 
 def difference_table(first: dict[str, Any], second: dict[str, Any]) -> Table:
-    """Speed-ups of the cases both results have. Ratios only: times of two runs say little about each other."""
+    """Speed-ups of the cases both results have. Ratios only: times of two runs cannot be compared."""
     before = {case["name"]: case for case in first["cases"]}
     rivals = [rival for rival in rivals_of(first) if rival in rivals_of(second)]
     table = Table()
@@ -101,12 +105,16 @@ def markdown_page(result: dict[str, Any]) -> str:
     """Ratios of one run with the facts of its machine."""
     machine, rivals = result["machine"], rivals_of(result)
     on_cuda = result["device"].startswith("cuda")
-    place = machine["gpu"] if on_cuda else f"{machine['cpu']}, {machine['threads']} threads, {machine['cpu_isa']} kernels"
+    place = (
+        machine["gpu"]
+        if on_cuda
+        else f"{machine['cpu']}, {machine['threads']} threads, {machine['cpu_isa']} kernels"
+    )
     headings = ["case", *rivals, "of copy bandwidth"]
     lines = [
-        f"Measured on {place}, torch {machine['torch']}, {machine['date'][:10]}. A number such as 2.00x says that the "
-        "contestant takes twice the time narrowgauge takes, in the same run (median of paired rounds, 20th to 80th "
-        "percentile in parentheses). The last column compares narrowgauge with a copy of the same number of bytes.",
+        f"Measured on {place}, torch {machine['torch']}, {machine['date'][:10]}. 2.00x says that the",
+        "contestant takes twice the time narrowgauge takes in the same run: the median of paired rounds, and in",
+        "parentheses the 20th to 80th percentile. The last column compares narrowgauge with a copy of as many bytes.",
         "",
         "| " + " | ".join(headings) + " |",
         "|---" + "|---:" * (len(headings) - 1) + "|",

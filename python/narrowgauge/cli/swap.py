@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from torch import nn
@@ -33,10 +33,11 @@ def load(target: str) -> Any:
 
 def swap(
     target: Annotated[
-        str, typer.Argument(help="A model, or a callable without arguments that builds one: package.module:name.")
+        str,
+        typer.Argument(help="A model, or a callable without arguments that builds one: package.module:name."),
     ],
     linear: Annotated[
-        Optional[str], typer.Option(help="Recipe for nn.Linear: int8-row or fp8-row. Left alone by default.")
+        str | None, typer.Option(help="Recipe for nn.Linear: int8-row or fp8-row. Left alone by default.")
     ] = None,
     norm: Annotated[bool, typer.Option(help="Replace normalization layers.")] = True,
 ) -> None:

@@ -1,0 +1,144 @@
+"""Quantizing, dequantizing, the norm that quantizes its output, and the low-precision linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import narrowgauge as ng
+from bench.harness import OURS, Call, Case, Contest, Setting, traffic
+
+SHAPE = (4096, 4096)
+EPS = 1e-5
+CODES = {"int8": (torch.int8, 127.0), "e4m3": (torch.float8_e4m3fn, 448.0)}
+
+
+def eager_quantize(x: Tensor, scheme: ng.quant.Scheme) -> tuple[Tensor, Tensor]:
+    """The same codes in plain PyTorch."""
+    dtype, largest = CODES[scheme.format]
+    x = x.float()
+    amax = x.abs().amax(dim=-1, keepdim=True) if scheme.granularity == "row" else x.abs().amax()
+    scale = torch.where(amax == 0, 1.0, amax / largest)
+    scaled = x / scale
+    if not dtype.is_floating_point:
+        scaled = scaled.round()
+    return scaled.clamp(-largest, largest).to(dtype), scale
+
+
+def eager_dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (codes.float() * scale).to(dtype)
+
+
+def contest_of(
+    ours: Call, eager: Callable[..., Any], *inputs: Any, setting: Setting, outputs: Any
+) -> Contest:
+    """Ours beside one plain function, eager and compiled."""
+    contest = Contest({OURS: ours, "eager": lambda: eager(*inputs)}, traffic(inputs, outputs))
+    if setting.compile:
+        compiled = torch.compile(eager, dynamic=False)
+        contest.contestants["compile"] = lambda: compiled(*inputs)
+    return contest
+
+
+def quantize_case(scheme: ng.quant.Scheme, dtype: torch.dtype) -> Case:
+    def build(setting: Setting) -> Contest:
+        x = setting.random(*SHAPE, dtype=dtype)
+        outputs = eager_quantize(x, scheme)
+        return contest_of(
+            lambda: ng.quant.quantize(x, scheme), eager_quantize, x, scheme, setting=setting, outputs=outputs
+        )
+
+    return Case("quantize", describe(scheme, dtype), build)
+
+
+def dequantize_case(scheme: ng.quant.Scheme, dtype: torch.dtype) -> Case:
+    def build(setting: Setting) -> Contest:
+        x = setting.random(*SHAPE, dtype=dtype)
+        quantized = ng.quant.quantize(x, scheme)
+        codes, scale = eager_quantize(x, scheme)
+        return contest_of(
+            lambda: ng.quant.dequantize(quantized, dtype),
+            eager_dequantize,
+            codes,
+            scale,
+            dtype,
+            setting=setting,
+            outputs=x,
+        )
+
+    return Case("dequantize", describe(scheme, dtype), build)
+
+
+def norm_quantize_case(scheme: ng.quant.Scheme, dtype: torch.dtype) -> Case:
+    """One pass beside two: the normalized tensor is never written."""
+
+    def build(setting: Setting) -> Contest:
+        x, weight = setting.random(*SHAPE, dtype=dtype), setting.random(SHAPE[1], dtype=dtype)
+
+        def eager(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return eager_quantize(F.rms_norm(x, weight.shape, weight, EPS), scheme)
+
+        contest = contest_of(
+            lambda: ng.nn.functional.rms_norm_quantize(x, weight, EPS, scheme),
+            eager,
+            x,
+            weight,
+            setting=setting,
+            outputs=eager(x, weight),
+        )
+        contest.contestants["narrowgauge unfused"] = lambda: ng.quant.quantize(
+            ng.nn.functional.rms_norm(x, weight.shape, weight, EPS), scheme
+        )
+        return contest
+
+    return Case("rms_norm_quantize", describe(scheme, dtype), build)
+
+
+def linear_case(recipe: str, tokens: int, width: int, dtype: torch.dtype, only_on: str | None = None) -> Case:
+    """Forward and both backward products."""
+
+    def build(setting: Setting) -> Contest:
+        x = setting.random(tokens, width, dtype=dtype, requires_grad=True)
+        gradient = setting.random(tokens, width, dtype=dtype)
+
+        def call(layer: nn.Module) -> Call:
+            layer.to(setting.device, dtype)
+            inputs = [x, *layer.parameters()]
+            return lambda: torch.autograd.grad(layer(x), inputs, gradient)
+
+        return Contest(
+            {
+                OURS: call(ng.quant.Linear(width, width, bias=False, recipe=recipe)),
+                "nn.Linear": call(nn.Linear(width, width, bias=False)),
+            }
+        )
+
+    return Case("linear", f"{recipe} {tokens}x{width}x{width} {name_of(dtype)}", build, only_on=only_on)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(scheme: ng.quant.Scheme, dtype: torch.dtype) -> str:
+    return f"{scheme.format} {scheme.granularity} {SHAPE[0]}x{SHAPE[1]} {name_of(dtype)}"
+
+
+SCHEMES = [ng.quant.Scheme(format, granularity) for format in CODES for granularity in ("row", "tensor")]
+ROWS = [scheme for scheme in SCHEMES if scheme.granularity == "row"]
+DTYPES = (torch.float32, torch.bfloat16)
+CASES = [
+    *(quantize_case(scheme, dtype) for scheme in SCHEMES for dtype in DTYPES),
+    *(dequantize_case(scheme, dtype) for scheme in SCHEMES for dtype in DTYPES),
+    *(norm_quantize_case(scheme, dtype) for scheme in ROWS for dtype in DTYPES),
+    *(linear_case(recipe, 1024, 1024, torch.float32) for recipe in ("int8-row", "fp8-row")),
+    *(linear_case(recipe, 8192, 4096, torch.bfloat16, only_on="cuda") for recipe in ("int8-row", "fp8-row")),
+]
+
+
+def test_quant(case: Case, contest: Callable[[Case], None]) -> None:
+    contest(case)
