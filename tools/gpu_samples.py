@@ -1,4 +1,4 @@
-"""Runs every operator's CUDA kernel on its small samples, once each: a program for compute-sanitizer to watch."""
+"""Runs every operator's CUDA kernel once on each of its small samples, for compute-sanitizer to watch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Installs one wheel beside several Pythons and PyTorches, runs tools/smoke.py in each, writes docs/wheel_matrix.md.
+"""Installs one wheel beside several Pythons and PyTorches, runs tools/smoke.py in each, and writes the table.
 
-Each row gets a fresh virtual environment, removed afterwards. CUDA builds of torch are downloads of gigabytes.
+Each row gets a fresh virtual environment, removed afterwards. CUDA builds of torch are large downloads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROWS = (
 
 
 def find_python(version: str) -> str | None:
-    """An interpreter of that version on PATH, or one of pyenv's or uv's. A shim on PATH may name one it cannot run."""
+    """An interpreter of that version: on PATH (if it runs: a shim may not), or one of pyenv's or uv's."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     candidates = [f"python{version}", *map(str, pyenv.glob(f"{version}.*/bin/python"))]
     if shutil.which("uv"):
@@ -69,9 +69,9 @@ def markdown(wheel: Path, rows: list[dict[str, str]]) -> str:
     lines = [
         "# One wheel, every PyTorch",
         "",
-        f"`{wheel.name}` ({size:.1f} MB) was installed as it is in each of these environments, and `tools/smoke.py`",
-        "ran one operator of each room there. Written by `make wheel-matrix`, on",
-        f"{platform.system()} {platform.machine()}, {platform.libc_ver()[0]} {platform.libc_ver()[1]}.",
+        f"`{wheel.name}` ({size:.1f} MB) was installed as it is in each of these environments, and",
+        "`tools/smoke.py` ran one operator of each room there. Written by `make wheel-matrix` on",
+        f"{platform.system()} {platform.machine()} with {' '.join(platform.libc_ver())}.",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + "---|" * len(columns),
