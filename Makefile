@@ -22,7 +22,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/narrowgauge demo $(ARGS)
 
 test: native emulator
-	$(RUN) -m pytest -n $(WORKERS) $(ARGS)
+	NARROWGAUGE_REQUIRE_EMULATOR=1 $(RUN) -m pytest -n $(WORKERS) $(ARGS)
 
 bench: native
 	$(VENV)/bin/narrowgauge bench $(ARGS)
@@ -34,13 +34,13 @@ lint: $(VENV)/.dev
 	$(RUN) -m mypy
 
 emulator-test: native emulator
-	$(RUN) -m pytest -n $(WORKERS) -m emulator $(ARGS)
+	NARROWGAUGE_REQUIRE_EMULATOR=1 $(RUN) -m pytest -n $(WORKERS) -m emulator $(ARGS)
 
 # The emulator's own checks find wrong indices of CUDA code; the sanitizers watch everything around them.
 asan: native emulator-asan
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 NARROWGAUGE_EMULATOR_DIR=build/emulator-asan \
-	$(RUN) -m pytest -n $(WORKERS) -m emulator $(ARGS)
+	NARROWGAUGE_REQUIRE_EMULATOR=1 $(RUN) -m pytest -n $(WORKERS) -m emulator $(ARGS)
 
 # Switches off each barrier of the CUDA sources in turn: some test must notice.
 mutate: native emulator

@@ -1,4 +1,4 @@
-"""Is this installation whole? One operator of each room against PyTorch, in the kernels and not the references.
+"""Is this installation whole? One operator of each room against PyTorch, in kernels, not references.
 
 Prints a line of JSON that tools/wheel_matrix.py puts into its table.
 """
