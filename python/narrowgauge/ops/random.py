@@ -1,7 +1,7 @@
 """Counter-based random bits in PyTorch: the definition that csrc/common/philox.h repeats.
 
-Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Element i of a draw depends on
-(seed, offset, i) alone: never on the device, the thread or the shard.
+Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Element i of a draw
+depends on (seed, offset, i) alone: never on the device, the thread or the shard.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def round_nearest(v: Tensor, format: Format) -> Tensor:
 
 
 def round_stochastic_uniform(v: Tensor, format: Int, u: Tensor) -> Tensor:
-    """Scaled float32 values to integer codes: up with probability equal to the fraction, drawn by u in [0, 1).
+    """Scaled float32 values to integer codes: up with the fraction's probability, drawn by u in [0, 1).
 
     ``floor(v + u)`` would be shorter but moves exact integers, because v + u is itself rounded.
     """
@@ -83,9 +83,9 @@ def round_stochastic_uniform(v: Tensor, format: Int, u: Tensor) -> Tensor:
 
 
 def round_stochastic_words(v: Tensor, format: Float, words: Tensor) -> Tensor:
-    """Scaled float32 values to float codes: the magnitude goes up when a 32-bit word is below the dropped bits.
+    """Scaled float32 values to float codes: the magnitude goes up when a word is below the dropped bits.
 
-    The significand stands in 64 bits so that its bits above 32 are kept by the format and those below are dropped.
+    The significand stands in 64 bits: those above 32 are kept by the format, those below are dropped.
     """
     v = v.nan_to_num(nan=0.0).clamp(-format.fmax, format.fmax)
     bits = v.view(torch.int32).long() & 0x7FFFFFFF

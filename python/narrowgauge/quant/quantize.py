@@ -5,8 +5,8 @@ With ``largest`` the format's largest value, for every group (the whole tensor, 
     scale = max|x| / largest               1 where that is 0, NaN where the group holds a NaN or an infinity
     code  = round(x / scale)               0 where the scale is NaN
 
-The arithmetic is float32 and both divisions are true divisions, so every backend gives the same bits. ``round`` is
-half-to-even, or stochastic: up with probability equal to the distance from the lower neighbour.
+The arithmetic is float32 and both divisions are true divisions, so every backend gives the same bits. ``round``
+is half-to-even, or stochastic: up with probability equal to the distance from the lower neighbour.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def _samples(make: SampleMaker) -> Iterator[Sample]:
 
 
 @operator(
-    "quantize(Tensor x, str format, str granularity, Tensor? rng=None, Tensor? noise=None) -> (Tensor, Tensor)",
+    "quantize(Tensor x, str format, str granularity, Tensor? rng=None, Tensor? noise=None)"
+    " -> (Tensor, Tensor)",
     samples=_samples,
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     tolerance="exact",
@@ -149,8 +150,8 @@ def _rng_tensor(rng: Rng | None, device: torch.device) -> Tensor:
         return torch.tensor([(rng + 2**63) % 2**64 - 2**63, 0], device=device)
     if rng is not None and not isinstance(rng, torch.Generator):
         raise TypeError(
-            "quantize: rng must be an int64 tensor [seed, offset], an integer seed, a torch.Generator or None; "
-            f"got {type(rng).__name__}"
+            "quantize: rng must be an int64 tensor [seed, offset], an integer seed, a torch.Generator or "
+            f"None; got {type(rng).__name__}"
         )
     drawn = torch.randint(2**62, (2,), generator=rng, device=device if rng is None else rng.device)
     return drawn.to(device)
@@ -164,7 +165,8 @@ def _check_noise(noise: Tensor, x: Tensor) -> None:
             else type(noise).__name__
         )
         raise ValueError(
-            f"quantize: noise must be a float32 tensor in [0, 1) of the shape of x {tuple(x.shape)}, got {given}"
+            "quantize: noise must be a float32 tensor in [0, 1) of the shape of x "
+            f"{tuple(x.shape)}, got {given}"
         )
     check_same_device("quantize", "x", x, noise=noise)
 
@@ -183,12 +185,12 @@ def quantize(
         x: Any shape and strides; float64 is rounded to float32 first.
         scheme: Format, granularity and scale rule.
         rounding: ``"nearest"`` (half to even) or ``"stochastic"``, whose mean is x.
-        rng: Random source of stochastic rounding: an int64 tensor ``[seed, offset]`` on the device of x, an integer
-            seed (offset 0), or a ``torch.Generator`` to draw both from; None draws from PyTorch's default generator.
-            Element i of the flattened x uses word i of Philox-4x32-10 under that seed and offset.
-        noise: float32 in [0, 1) of the shape of x: the draws themselves, instead of `rng`. An integer code goes up
-            when ``noise >= 1 - fraction``; the magnitude of a float code, d of whose mantissa bits are dropped, goes
-            up when ``floor(noise * 2**d)`` is less than these bits.
+        rng: Random source of stochastic rounding: an int64 tensor ``[seed, offset]`` on the device of x, an
+            integer seed (offset 0), or a ``torch.Generator`` to draw both from; None draws from PyTorch's default
+            generator. Element i of the flattened x uses word i of Philox-4x32-10 under that seed and offset.
+        noise: float32 in [0, 1) of the shape of x: the draws themselves, instead of `rng`. An integer code goes
+            up when ``noise >= 1 - fraction``; the magnitude of a float code, d of whose mantissa bits are
+            dropped, goes up when ``floor(noise * 2**d)`` is less than these bits.
 
     Example:
         >>> q = quantize(x, Scheme("int8", "row"))

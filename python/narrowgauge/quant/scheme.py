@@ -20,8 +20,8 @@ class Scheme:
 
     Args:
         format: ``"int8"``, ``"e4m3"`` or ``"e5m2"``.
-        granularity: Which elements share a scale: ``"tensor"`` (all of them), ``"row"`` (each row of x viewed as
-            ``(-1, x.shape[-1])``) or ``"column"`` (each column of that view).
+        granularity: Which elements share a scale: ``"tensor"`` (all of them), ``"row"`` (each row of x viewed
+            as ``(-1, x.shape[-1])``) or ``"column"`` (each column of that view).
         scale_rule: ``"absmax"``: the group's largest magnitude divided by the format's largest value.
     """
 
