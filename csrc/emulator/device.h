@@ -20,7 +20,7 @@
 
 inline constexpr int warpSize = 32;
 
-// --- arithmetic ------------------------------------------------------------------------------------------------
+// --- arithmetic --------------------------------------------------------------------------------------------
 
 // Mixed types go by C++'s usual conversions; of a number and a NaN the number is returned, as on the GPU.
 template <class A, class B>
@@ -69,7 +69,7 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline int __float2int_rn(float x) { return static_cast<int>(rintf(x)); }
 
-// --- block barriers --------------------------------------------------------------------------------------------
+// --- block barriers ----------------------------------------------------------------------------------------
 
 using NarrowgaugeWhere = narrowgauge::emulator::Where;
 
@@ -86,7 +86,7 @@ inline int __syncthreads_count(int vote, NarrowgaugeWhere where = NarrowgaugeWhe
     return narrowgauge::emulator::block_barrier("__syncthreads_count", vote != 0, where);
 }
 
-// --- warps -----------------------------------------------------------------------------------------------------
+// --- warps -------------------------------------------------------------------------------------------------
 
 namespace narrowgauge::emulator {
 
@@ -125,7 +125,8 @@ template <class T, class F>
 T reduce(const char* kind, unsigned mask, T value, F combine, Where where) {
     const auto exchange = warp_exchange(kind, mask, to_word(value), where);
     for (int lane = 0; lane < 32; ++lane) {
-        if (lane != lane_id() && (mask >> lane & 1u)) value = combine(value, from_word<T>(exchange->values[lane]));
+        if (lane != lane_id() && (mask >> lane & 1u))
+            value = combine(value, from_word<T>(exchange->values[lane]));
     }
     return value;
 }
@@ -138,7 +139,8 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, NarrowgaugeWhere where = Nar
 
 // A warp is cut into segments of `width` lanes; lanes that would read beyond theirs keep their own value.
 template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32, NarrowgaugeWhere where = NarrowgaugeWhere::here()) {
+T __shfl_sync(unsigned mask, T value, int source, int width = 32,
+              NarrowgaugeWhere where = NarrowgaugeWhere::here()) {
     const int first = narrowgauge::emulator::lane_id() & ~(width - 1);
     return narrowgauge::emulator::shuffle("__shfl_sync", mask, value, first + (source & (width - 1)), where);
 }
@@ -146,8 +148,8 @@ template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
                  NarrowgaugeWhere where = NarrowgaugeWhere::here()) {
     const int lane = narrowgauge::emulator::lane_id(), source = lane - static_cast<int>(delta);
-    return narrowgauge::emulator::shuffle("__shfl_up_sync", mask, value, source < (lane & ~(width - 1)) ? lane : source,
-                                          where);
+    return narrowgauge::emulator::shuffle("__shfl_up_sync", mask, value,
+                                          source < (lane & ~(width - 1)) ? lane : source, where);
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
@@ -192,7 +194,7 @@ T __reduce_max_sync(unsigned mask, T value, NarrowgaugeWhere where = Narrowgauge
         "__reduce_max_sync", mask, value, [](T a, T b) { return max(a, b); }, where);
 }
 
-// --- atomics ---------------------------------------------------------------------------------------------------
+// --- atomics -----------------------------------------------------------------------------------------------
 
 namespace narrowgauge::emulator {
 
@@ -235,30 +237,33 @@ inline void __threadfence_block() {}
 
 namespace narrowgauge {
 
-// --- shared memory ---------------------------------------------------------------------------------------------
+// --- shared memory -----------------------------------------------------------------------------------------
 
-// Hands out pieces of the launch's dynamic shared memory; every thread must take the same pieces in the same order.
+// Hands out pieces of the launch's dynamic shared memory; every thread must take the same pieces in the same
+// order.
 class SharedArena {
-   public:
+  public:
     template <class T>
     Shared<T> take(int count) {
         const emulator::SharedMemory& shared = emulator::shared_memory();
         const size_t bytes = static_cast<size_t>(count) * sizeof(T), begin = offset_;
         if (begin + bytes > shared.memory.size()) {
             emulator::fail("shared memory overflow: " + std::to_string(bytes) + " bytes taken after " +
-                           std::to_string(begin) + ", the launch gave " + std::to_string(shared.memory.size()));
+                           std::to_string(begin) + ", the launch gave " +
+                           std::to_string(shared.memory.size()));
         }
         offset_ = (begin + bytes + 15) / 16 * 16;
         char* address = shared.memory.bytes() + begin;
-        return {{address, static_cast<int64_t>(bytes), shared.memory.states() + begin, "shared memory", &shared},
-                reinterpret_cast<T*>(address)};
+        return {
+            {address, static_cast<int64_t>(bytes), shared.memory.states() + begin, "shared memory", &shared},
+            reinterpret_cast<T*>(address)};
     }
 
-   private:
+  private:
     size_t offset_ = 0;
 };
 
-// --- asynchronous copies ---------------------------------------------------------------------------------------
+// --- asynchronous copies -----------------------------------------------------------------------------------
 
 template <int Bytes, class T, class U>
 void async_copy(const Shared<T>& shared, int64_t i, const Global<U>& global, int64_t j) {
@@ -278,12 +283,14 @@ void async_wait(emulator::Where where = emulator::Where::here()) {
     emulator::async_wait(Groups, where);
 }
 
-// --- thread-block clusters -------------------------------------------------------------------------------------
+// --- thread-block clusters ---------------------------------------------------------------------------------
 
 using emulator::cluster_rank;
 using emulator::cluster_size;
 
-inline void cluster_barrier(emulator::Where where = emulator::Where::here()) { emulator::cluster_barrier(where); }
+inline void cluster_barrier(emulator::Where where = emulator::Where::here()) {
+    emulator::cluster_barrier(where);
+}
 
 // The same piece of shared memory in another block of the cluster.
 template <class T>
@@ -300,7 +307,7 @@ Shared<T> cluster_map(const Shared<T>& shared, unsigned rank) {
     return {span, address};
 }
 
-// --- launch ----------------------------------------------------------------------------------------------------
+// --- launch ------------------------------------------------------------------------------------------------
 
 template <class... Parameters, class... Arguments>
 void launch(const LaunchConfig& config, void (*kernel)(Parameters...), const Arguments&... arguments) {

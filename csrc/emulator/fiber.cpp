@@ -41,7 +41,8 @@ Stack take_stack() {
     const Stack stack = free_stacks().back();
     free_stacks().pop_back();
 #if NG_ASAN
-    __asan_unpoison_memory_region(stack.bottom, stack.size);  // an abandoned fiber leaves its red zones behind
+    __asan_unpoison_memory_region(stack.bottom,
+                                  stack.size);  // an abandoned fiber leaves its red zones behind
 #endif
     return stack;
 }
@@ -50,8 +51,8 @@ void give_stack(Stack stack) { free_stacks().push_back(stack); }
 
 #if defined(__x86_64__)
 
-// The ABI's callee-saved registers go onto the old stack and come from the new one. swapcontext would also save the
-// signal mask, a system call that costs far more than the switch.
+// The ABI's callee-saved registers go onto the old stack and come from the new one. swapcontext would also
+// save the signal mask, a system call that costs far more than the switch.
 extern "C" void narrowgauge_switch_stack(void** save, void* resume);
 asm(R"(
 .text

@@ -20,15 +20,16 @@ void give_stack(Stack stack);
 
 // A suspended flow of control.
 class Fiber {
-   public:
-    // The first switch to this fiber calls `entry` on `stack`; entry must call arrived() first and never return.
+  public:
+    // The first switch to this fiber calls `entry` on `stack`; entry must call arrived() first and never
+    // return.
     void prepare(Stack stack, void (*entry)());
     // Suspends the running flow in `from` and resumes this one; with `forever`, `from` will not be resumed.
     void switch_from(Fiber& from, bool forever);
     // Tells the sanitizers that the switch is complete.
     void arrived();
 
-   private:
+  private:
 #if defined(__x86_64__)
     void* stack_pointer_ = nullptr;
 #else

@@ -1,5 +1,5 @@
-// How a binding's operators reach Python in the emulator: NG_OPERATORS (common/binding.h) makes a Registration, and the
-// module runs them all when it is imported.
+// How a binding's operators reach Python in the emulator: NG_OPERATORS (common/binding.h) makes a
+// Registration, and the module runs them all when it is imported.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,19 +13,19 @@
 namespace narrowgauge::emulator {
 
 class Library {
-   public:
+  public:
     explicit Library(pybind11::module_ ops) : ops_(std::move(ops)) {}
     template <class F>
     void impl(const char* name, F* function) {
         ops_.def(name, function);
     }
 
-   private:
+  private:
     pybind11::module_ ops_;
 };
 
 class Registration {
-   public:
+  public:
     using Register = void (*)(Library&);
     explicit Registration(Register function) { all().push_back(function); }
     static std::vector<Register>& all() {

@@ -14,7 +14,7 @@ namespace narrowgauge::emulator {
 
 // What a kernel did wrong, in words.
 class EmulatorError : public std::runtime_error {
-   public:
+  public:
     using std::runtime_error::runtime_error;
 };
 
@@ -25,7 +25,7 @@ enum class ByteState : uint8_t { never_written, written, in_flight };
 
 // A block of bytes: poisoned, and none of them written.
 class Memory {
-   public:
+  public:
     static constexpr size_t kAlignment = 256;
 
     // The first byte lies `misalignment` bytes beyond an aligned address.
@@ -39,7 +39,7 @@ class Memory {
     size_t size() const { return size_; }
     void poison();
 
-   private:
+  private:
     char* allocation_;
     char* bytes_;
     ByteState* states_;
@@ -68,7 +68,8 @@ struct Span {
 
 enum class Access { read, write, copy };
 
-[[noreturn]] void fail_access(Access access, const Span& span, const char* at, int64_t bytes, int64_t element_bytes);
+[[noreturn]] void fail_access(Access access, const Span& span, const char* at, int64_t bytes,
+                              int64_t element_bytes);
 
 // Now and then lets another thread run, as the hardware may at any access.
 extern int64_t accesses_until_yield;
@@ -78,19 +79,23 @@ inline void tick() {
 }
 
 // Checks an access of `bytes` bytes and records what it does to them.
-inline void check_access(Access access, const Span& span, const char* at, int64_t bytes, int64_t element_bytes,
-                         uintptr_t alignment) {
+inline void check_access(Access access, const Span& span, const char* at, int64_t bytes,
+                         int64_t element_bytes, uintptr_t alignment) {
     tick();
     const int64_t offset = reinterpret_cast<intptr_t>(at) - reinterpret_cast<intptr_t>(span.begin);
-    bool good = offset >= 0 && offset + bytes <= span.bytes && reinterpret_cast<uintptr_t>(at) % alignment == 0 &&
+    bool good = offset >= 0 && offset + bytes <= span.bytes &&
+                reinterpret_cast<uintptr_t>(at) % alignment == 0 &&
                 (span.home == nullptr || span.home->running);
     if (good) {
         ByteState* states = span.states + offset;
         for (int64_t i = 0; i < bytes; ++i) {
-            good &= access == Access::read ? states[i] == ByteState::written : states[i] != ByteState::in_flight;
+            good &=
+                access == Access::read ? states[i] == ByteState::written : states[i] != ByteState::in_flight;
         }
         if (good && access != Access::read) {
-            memset(states, static_cast<int>(access == Access::write ? ByteState::written : ByteState::in_flight), bytes);
+            memset(states,
+                   static_cast<int>(access == Access::write ? ByteState::written : ByteState::in_flight),
+                   bytes);
         }
     }
     if (!good) fail_access(access, span, at, bytes, element_bytes);
@@ -102,18 +107,21 @@ struct SharedSpace {};
 // A pointer to elements T in a memory space. Arithmetic is free; accesses are checked.
 template <class T, class Space>
 class Pointer {
-   public:
+  public:
     using Value = std::remove_const_t<T>;
 
     // What x[i] is: a value when read, a checked store when assigned.
     class Reference {
-       public:
+      public:
         explicit Reference(const Pointer& pointer) : pointer_(pointer) {}
         Reference(const Reference&) = default;
         operator Value() const { return pointer_.template read<Value>(); }
         template <class U, std::enable_if_t<std::is_arithmetic_v<U> && std::is_arithmetic_v<Value> &&
-                                                !std::is_same_v<U, Value>, int> = 0>
-        explicit operator U() const { return static_cast<U>(static_cast<Value>(*this)); }
+                                                !std::is_same_v<U, Value>,
+                                            int> = 0>
+        explicit operator U() const {
+            return static_cast<U>(static_cast<Value>(*this));
+        }
         const Reference& operator=(const Value& value) const {
             pointer_.write(value);
             return *this;
@@ -128,7 +136,7 @@ class Pointer {
         const Reference& operator^=(const Value& value) const { return *this = *this ^ value; }
         Pointer operator&() const { return pointer_; }
 
-       private:
+      private:
         Pointer pointer_;
     };
 
@@ -171,14 +179,16 @@ class Pointer {
         memcpy(static_cast<void*>(address_), &data, sizeof(Data));
     }
 
-   private:
+  private:
     template <class Data>
     void check(Access access) const {
-        check_access(access, span_, reinterpret_cast<const char*>(address_), sizeof(Data), sizeof(T), alignof(Data));
+        check_access(access, span_, reinterpret_cast<const char*>(address_), sizeof(Data), sizeof(T),
+                     alignof(Data));
     }
     // Pointers may stray outside their buffer as long as they are not used, so this is integer arithmetic.
     T* moved(int64_t n) const {
-        return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(address_) + static_cast<uintptr_t>(n) * sizeof(T));
+        return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(address_) +
+                                    static_cast<uintptr_t>(n) * sizeof(T));
     }
 
     Span span_;

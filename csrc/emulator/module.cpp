@@ -1,4 +1,5 @@
-// The Python module narrowgauge_emulator: tensors from NumPy arrays, control of the schedule, and every operator.
+// The Python module narrowgauge_emulator: tensors from NumPy arrays, control of the schedule, and every
+// operator.
 #include <pybind11/numpy.h>
 
 #include <cstdlib>
@@ -33,7 +34,8 @@ DType parse_dtype(const std::string& name) {
 Tensor from_numpy(const py::array& array, const std::string& dtype_name, int64_t offset) {
     const DType dtype = parse_dtype(dtype_name);
     if (array.itemsize() != size_of(dtype)) {
-        throw py::value_error("an array of " + std::to_string(array.itemsize()) + "-byte elements is not " + dtype_name);
+        throw py::value_error("an array of " + std::to_string(array.itemsize()) + "-byte elements is not " +
+                              dtype_name);
     }
     if (!(array.flags() & py::array::c_style)) throw py::value_error("the array must be C-contiguous");
     const Tensor tensor = Tensor::empty({array.shape(), array.shape() + array.ndim()}, dtype, offset);
@@ -72,16 +74,19 @@ PYBIND11_MODULE(narrowgauge_emulator, m) {
 
     py::class_<Tensor>(m, "Tensor")
         .def(py::init(&from_numpy), py::arg("array"), py::arg("dtype"), py::arg("offset") = 0)
-        .def_static("empty", [](const std::vector<int64_t>& shape,
-                                const std::string& dtype) { return Tensor::empty(shape, parse_dtype(dtype)); })
+        .def_static("empty",
+                    [](const std::vector<int64_t>& shape, const std::string& dtype) {
+                        return Tensor::empty(shape, parse_dtype(dtype));
+                    })
         .def("numpy", &to_numpy)
         .def_property_readonly("shape", [](const Tensor& t) { return py::tuple(py::cast(t.sizes())); })
         .def_property_readonly("dtype", [](const Tensor& t) { return name_of(t.dtype()); });
 
     m.def("set_schedule", &set_schedule, py::arg("seed"));
     m.def("barrier_sites", &barrier_sites);
-    m.def("disable_barrier", [](const std::optional<std::string>& site) { disable_barrier(site.value_or("")); },
-          py::arg("site"));
+    m.def(
+        "disable_barrier", [](const std::optional<std::string>& site) { disable_barrier(site.value_or("")); },
+        py::arg("site"));
     if (const char* site = std::getenv("NARROWGAUGE_EMULATOR_DISABLE")) disable_barrier(site);
 
     Library operators(m.def_submodule("ops"));

@@ -18,7 +18,7 @@ namespace narrowgauge::emulator {
 
 int64_t accesses_until_yield = 0;
 
-// --- sites -----------------------------------------------------------------------------------------------------
+// --- sites -------------------------------------------------------------------------------------------------
 
 struct Site {
     std::string place;  // "norm/norm.cuh:41"
@@ -51,9 +51,9 @@ static Site& find_site(const char* kind, Where where) {
 }
 
 std::vector<std::string> barrier_sites() {
-    static const std::set<std::string> barriers = {"__syncthreads",       "__syncthreads_or", "__syncthreads_and",
-                                                   "__syncthreads_count", "__syncwarp",       "cluster_barrier",
-                                                   "async_wait"};
+    static const std::set<std::string> barriers = {
+        "__syncthreads", "__syncthreads_or", "__syncthreads_and", "__syncthreads_count",
+        "__syncwarp",    "cluster_barrier",  "async_wait"};
     std::vector<std::string> places;
     for (const auto& entry : sites()) {
         if (barriers.count(entry.second.kind)) places.push_back(entry.second.place);
@@ -67,7 +67,7 @@ void disable_barrier(const std::string& place) {
     for (auto& entry : sites()) entry.second.disabled = entry.second.place == place;
 }
 
-// --- the order of things ---------------------------------------------------------------------------------------
+// --- the order of things -----------------------------------------------------------------------------------
 
 // SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 struct Random {
@@ -87,22 +87,23 @@ void set_schedule(uint64_t seed) { schedule.state = seed; }
 
 // A strict order of up to 32 things, which holds until it is drawn anew: the first runs until it must wait.
 class Order {
-   public:
+  public:
     void draw(Random& random) {
         rotation_ = random.below(32);
         reversed_ = random.below(2) == 1;
     }
     int first(unsigned ready) const {
-        const unsigned rotated = ready >> rotation_ | static_cast<unsigned>(uint64_t{ready} << (32 - rotation_));
+        const unsigned rotated =
+            ready >> rotation_ | static_cast<unsigned>(uint64_t{ready} << (32 - rotation_));
         return ((reversed_ ? 31 - __builtin_clz(rotated) : __builtin_ctz(rotated)) + rotation_) % 32;
     }
 
-   private:
+  private:
     int rotation_ = 0;
     bool reversed_ = false;
 };
 
-// --- threads, warps, blocks ------------------------------------------------------------------------------------
+// --- threads, warps, blocks --------------------------------------------------------------------------------
 
 // Threads of a block or cluster on their way through one barrier.
 struct Gathering {
@@ -124,7 +125,8 @@ struct Thread {
     struct Block* block;
     int warp, lane;
     const Site* waits_at = nullptr;
-    std::vector<std::vector<Copy>> copies = std::vector<std::vector<Copy>>(1);  // committed groups, oldest first; the last is still open
+    // Asynchronous copies by commit group, oldest first; the last group is still open.
+    std::vector<std::vector<Copy>> copies{std::vector<Copy>()};
 };
 
 struct Warp {
@@ -159,7 +161,7 @@ static std::string name_of(const void* kernel) {
     char* demangled = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
     std::string name = status == 0 ? demangled : info.dli_sname;
     std::free(demangled);
-    // "void narrowgauge::norm_forward<float, 4>(narrowgauge::NormForward)" reads better without the outer words.
+    // Of "void narrowgauge::norm_forward<float, 4>(narrowgauge::NormForward)" the middle says it all.
     name = name.substr(0, name.rfind('('));
     for (const std::string prefix : {"void ", "narrowgauge::"}) {
         if (name.compare(0, prefix.size(), prefix) == 0) name = name.substr(prefix.size());
@@ -169,7 +171,7 @@ static std::string name_of(const void* kernel) {
 
 // One launch, and the state of the cluster of blocks that runs now.
 class Launch {
-   public:
+  public:
     Launch(const LaunchConfig& config, std::string name, const std::function<void()>& body);
     ~Launch();
     void run();
@@ -184,7 +186,7 @@ class Launch {
     Thread* running = nullptr;
     std::vector<Block> blocks;
 
-   private:
+  private:
     static void thread_main();
     void start_cluster(int64_t first_block);
     void stop_block(Block& block);
@@ -220,12 +222,15 @@ static Launch& current_launch() {
 }
 
 void fail(const std::string& what) {
-    throw EmulatorError(launch != nullptr && launch->running != nullptr ? launch->describe_running() + what : what);
+    throw EmulatorError(launch != nullptr && launch->running != nullptr ? launch->describe_running() + what
+                                                                        : what);
 }
 
 Launch::Launch(const LaunchConfig& config, std::string name, const std::function<void()>& body)
     : config_(config), name_(std::move(name)), body_(body) {
-    const auto refuse = [&](const std::string& why) { throw EmulatorError(name_ + ": invalid launch: " + why); };
+    const auto refuse = [&](const std::string& why) {
+        throw EmulatorError(name_ + ": invalid launch: " + why);
+    };
     const dim3 grid = config.grid, block = config.block;
     const int64_t threads = int64_t{block.x} * block.y * block.z;
     if (launch != nullptr) refuse("a kernel is already running");
@@ -246,7 +251,8 @@ Launch::Launch(const LaunchConfig& config, std::string name, const std::function
     blocks.resize(static_cast<size_t>(config.cluster));
     for (Block& b : blocks) {
         b.warps.resize(static_cast<size_t>((threads + 31) / 32));
-        b.shared.reset(new SharedMemory{Memory(config.shared_bytes), static_cast<unsigned>(&b - blocks.data()), false});
+        b.shared.reset(
+            new SharedMemory{Memory(config.shared_bytes), static_cast<unsigned>(&b - blocks.data()), false});
     }
     blockDim = block;
     gridDim = grid;
@@ -284,7 +290,8 @@ void Launch::start_cluster(int64_t first_block) {
     order_.draw(random_);
     for (Block& block : blocks) {
         const int64_t index = first_block + (&block - blocks.data());
-        block.index = dim3(static_cast<unsigned>(index % gridDim.x), static_cast<unsigned>(index / gridDim.x % gridDim.y),
+        block.index = dim3(static_cast<unsigned>(index % gridDim.x),
+                           static_cast<unsigned>(index / gridDim.x % gridDim.y),
                            static_cast<unsigned>(index / gridDim.x / gridDim.y));
         block.exited = 0;
         block.ready = 0;
@@ -404,20 +411,26 @@ void Launch::interleave() {
     accesses_until_yield = 1 + random_.below(2 * access_interval_);
     Block& block = *running->block;
     switch (random_.below(4)) {
-        case 0: order_.draw(random_); break;
-        case 1: block.order.draw(random_); break;
-        default: block.warps[static_cast<size_t>(running->warp)].order.draw(random_);
+        case 0:
+            order_.draw(random_);
+            break;
+        case 1:
+            block.order.draw(random_);
+            break;
+        default:
+            block.warps[static_cast<size_t>(running->warp)].order.draw(random_);
     }
     reschedule();
 }
 
-// --- barriers --------------------------------------------------------------------------------------------------
+// --- barriers ----------------------------------------------------------------------------------------------
 
 std::shared_ptr<const Exchange> Launch::exchange(const Site& site, unsigned mask, uint64_t value) {
     Thread& thread = *running;
     Warp& warp = thread.block->warps[static_cast<size_t>(thread.warp)];
     const unsigned me = 1u << thread.lane;
-    if ((mask & me) == 0) fail(site.text() + ": the mask does not name the calling lane " + std::to_string(thread.lane));
+    if ((mask & me) == 0)
+        fail(site.text() + ": the mask does not name the calling lane " + std::to_string(thread.lane));
     if ((mask & warp.exited) != 0) {
         fail(site.text() + ": the mask names lane " + std::to_string(__builtin_ctz(mask & warp.exited)) +
              ", which has exited or does not exist");
@@ -426,8 +439,9 @@ std::shared_ptr<const Exchange> Launch::exchange(const Site& site, unsigned mask
     for (const auto& other : warp.exchanges) {
         if ((other->mask & mask) == 0) continue;
         if (other->site != &site || other->mask != mask) {
-            fail("divergent warp: " + site.text() + " while lane " + std::to_string(__builtin_ctz(other->arrived)) +
-                 " waits at " + other->site->text() + (other->mask != mask ? " with another mask" : ""));
+            fail("divergent warp: " + site.text() + " while lane " +
+                 std::to_string(__builtin_ctz(other->arrived)) + " waits at " + other->site->text() +
+                 (other->mask != mask ? " with another mask" : ""));
         }
         mine = other;
     }
@@ -457,7 +471,8 @@ int Launch::gather(std::shared_ptr<Gathering>& slot, const Site& site, bool vote
         expected += static_cast<int>(block.threads.size());
         exited += block.exited;
     }
-    if (exited > 0) fail("divergent barrier: " + site.text() + " after " + count(exited, "thread") + " exited");
+    if (exited > 0)
+        fail("divergent barrier: " + site.text() + " after " + count(exited, "thread") + " exited");
     if (slot && slot->site != &site) {
         fail("divergent barrier: " + site.text() + " while " + count(slot->arrived, "thread") + " wait at " +
              slot->site->text());
@@ -478,11 +493,13 @@ int Launch::gather(std::shared_ptr<Gathering>& slot, const Site& site, bool vote
     return mine->votes;
 }
 
-int Launch::gather_block(const Site& site, bool vote) { return gather(running->block->gathering, site, vote, false); }
+int Launch::gather_block(const Site& site, bool vote) {
+    return gather(running->block->gathering, site, vote, false);
+}
 
 void Launch::gather_cluster(const Site& site) { gather(cluster_gathering_, site, true, true); }
 
-// --- reports ---------------------------------------------------------------------------------------------------
+// --- reports -----------------------------------------------------------------------------------------------
 
 std::string Launch::describe_running() const {
     return name_ + ", block " + text(running->block->index) + ", thread " + text(running->index) + ": ";
@@ -493,14 +510,15 @@ void Launch::check_exit() {
     const Thread& thread = *running;
     for (const auto* gathering : {&thread.block->gathering, &cluster_gathering_}) {
         if (*gathering) {
-            fail("divergent barrier: the thread exited while " + count((*gathering)->arrived, "thread") + " wait at " +
-                 (*gathering)->site->text());
+            fail("divergent barrier: the thread exited while " + count((*gathering)->arrived, "thread") +
+                 " wait at " + (*gathering)->site->text());
         }
     }
     for (const auto& exchange : thread.block->warps[static_cast<size_t>(thread.warp)].exchanges) {
         if (exchange->mask >> thread.lane & 1u) {
-            fail("divergent warp: the thread exited while lane " + std::to_string(__builtin_ctz(exchange->arrived)) +
-                 " waits for it at " + exchange->site->text());
+            fail("divergent warp: the thread exited while lane " +
+                 std::to_string(__builtin_ctz(exchange->arrived)) + " waits for it at " +
+                 exchange->site->text());
         }
     }
 }
@@ -518,13 +536,14 @@ std::string Launch::describe_deadlock() const {
     }
     std::string report = name_ + ": deadlock";
     for (const auto& [site, who] : waiting) {
-        report += "\n  " + count(who.first, "thread") + " wait at " + site->text() + ", the first is block " +
-                  text(who.second->block->index) + ", thread " + text(who.second->index);
+        report += "\n  " + count(who.first, "thread") + (who.first == 1 ? " waits at " : " wait at ") +
+                  site->text() + ", the first is block " + text(who.second->block->index) + ", thread " +
+                  text(who.second->index);
     }
     return exited > 0 ? report + "\n  " + count(exited, "thread") + " exited" : report;
 }
 
-// --- what device.h is made of ----------------------------------------------------------------------------------
+// --- what device.h is made of ------------------------------------------------------------------------------
 
 void run_grid(const LaunchConfig& config, const void* kernel, const std::function<void()>& thread) {
     Launch(config, name_of(kernel), thread).run();
@@ -567,7 +586,8 @@ unsigned cluster_size() { return static_cast<unsigned>(current_launch().blocks.s
 const SharedMemory& shared_memory() { return *current_launch().running->block->shared; }
 
 const SharedMemory& shared_memory_of(unsigned rank) {
-    if (rank >= cluster_size()) fail("cluster_map to block " + std::to_string(rank) + " of " + std::to_string(cluster_size()));
+    if (rank >= cluster_size())
+        fail("cluster_map to block " + std::to_string(rank) + " of " + std::to_string(cluster_size()));
     return *current_launch().blocks[rank].shared;
 }
 

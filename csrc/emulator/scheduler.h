@@ -1,5 +1,5 @@
-// Runs a grid on one OS thread. Every CUDA thread is a fiber; which one runs next is drawn from a seeded generator and
-// skewed, so that some threads run far ahead of others and only a barrier holds them back.
+// Runs a grid on one OS thread. Every CUDA thread is a fiber; which one runs next is drawn from a seeded
+// generator and skewed, so that some threads run far ahead of others and only a barrier holds them back.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +42,7 @@ struct Where {
     }
 };
 
-// --- control, from the tests -----------------------------------------------------------------------------------
+// --- control, from the tests -------------------------------------------------------------------------------
 
 void set_schedule(uint64_t seed);
 // The barriers executed so far, as "norm/norm.cuh:41".
@@ -50,7 +50,7 @@ std::vector<std::string> barrier_sites();
 // Makes one of them a no-op; the empty string none.
 void disable_barrier(const std::string& site);
 
-// --- what device.h is made of ----------------------------------------------------------------------------------
+// --- what device.h is made of ------------------------------------------------------------------------------
 
 void run_grid(const LaunchConfig& config, const void* kernel, const std::function<void()>& thread);
 

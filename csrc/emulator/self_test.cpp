@@ -17,7 +17,7 @@ __device__ int thread_index() { return static_cast<int>(blockIdx.x * blockDim.x 
 __device__ Global<const float> input(const Args& args) { return global<const float>(args.x, "x"); }
 __device__ Global<float> output(const Args& args) { return global<float>(args.out, "out"); }
 
-// --- right ------------------------------------------------------------------------------------------------------
+// --- right -------------------------------------------------------------------------------------------------
 
 constexpr int kSteps = 4;
 
@@ -64,9 +64,11 @@ __global__ void cluster_rotate(Args args) {
     for (int step = 0; step < kSteps; ++step) {
         cluster_barrier();
         value += next[t];
+        if (step + 1 == kSteps) break;
         cluster_barrier();
         row[t] = value;
     }
+    cluster_barrier();
     output(args)[thread_index()] = value;
 }
 
@@ -124,7 +126,8 @@ __global__ void atomics(Args args) {
 template <int Width>
 __global__ void shuffles(Args args) {
     const int value = static_cast<int>(input(args)[thread_index()]);
-    const int index = __shfl_sync(0xffffffffu, value, 3, Width), up = __shfl_up_sync(0xffffffffu, value, 1, Width),
+    const int index = __shfl_sync(0xffffffffu, value, 3, Width),
+              up = __shfl_up_sync(0xffffffffu, value, 1, Width),
               down = __shfl_down_sync(0xffffffffu, value, 2, Width),
               flipped = __shfl_xor_sync(0xffffffffu, value, 1, Width);
     output(args)[thread_index()] = index + 64 * (up + 64 * (down + 64 * flipped));
@@ -148,7 +151,7 @@ __global__ void vector_double(Args args) {
     store(output(args), 4 * thread_index(), four);
 }
 
-// --- wrong ------------------------------------------------------------------------------------------------------
+// --- wrong -------------------------------------------------------------------------------------------------
 
 __global__ void read_beyond(Args args) { output(args)[thread_index()] = input(args)[thread_index() + 1]; }
 
@@ -179,7 +182,9 @@ __global__ void unwritten_output(Args args) {
     if (thread_index() != 5) output(args)[thread_index()] = 0;
 }
 
-__global__ void null_pointer(Args) { static_cast<void>(global<const float>(static_cast<void*>(nullptr), "x")[0]); }
+__global__ void null_pointer(Args) {
+    static_cast<void>(global<const float>(static_cast<void*>(nullptr), "x")[0]);
+}
 
 __global__ void foreign_pointer(Args) {
     float local = 0;
@@ -200,7 +205,7 @@ __global__ void early_exit(Args) {
 }
 
 __global__ void deadlock(Args) {
-    if (threadIdx.x == 0) {
+    if (threadIdx.x % warpSize == 0) {
         __syncthreads();
     } else {
         __syncwarp();
@@ -228,20 +233,20 @@ __global__ void divergent_warp(Args) {
 
 __global__ void read_before_wait(Args args) {
     SharedArena arena;
-    auto row = arena.take<float>(4 * blockDim.x);
-    async_copy<16>(row, 4 * threadIdx.x, input(args), 4 * threadIdx.x);
+    auto row = arena.take<float>(blockDim.x);
+    async_copy<4>(row, threadIdx.x, input(args), thread_index());
     async_commit();
-    output(args)[thread_index()] = row[4 * threadIdx.x];
+    output(args)[thread_index()] = row[threadIdx.x];
     async_wait<0>();
 }
 
 __global__ void wait_too_short(Args args) {
     SharedArena arena;
-    auto row = arena.take<float>(4 * blockDim.x);
-    async_copy<16>(row, 4 * threadIdx.x, input(args), 4 * threadIdx.x);
+    auto row = arena.take<float>(blockDim.x);
+    async_copy<4>(row, threadIdx.x, input(args), thread_index());
     async_commit();
     async_wait<1>();
-    output(args)[thread_index()] = row[4 * threadIdx.x];
+    output(args)[thread_index()] = row[threadIdx.x];
 }
 
 __global__ void arena_overflow(Args) {

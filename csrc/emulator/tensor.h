@@ -1,4 +1,5 @@
-// The tensor that bindings see in the emulator: contiguous, and aware of which of its bytes were ever written.
+// The tensor that bindings see in the emulator: contiguous, and aware of which of its bytes were ever
+// written.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,7 @@
 namespace narrowgauge::emulator {
 
 class Tensor {
-   public:
+  public:
     Tensor() = default;
 
     // Poisoned and unwritten. The first element lies `offset` elements beyond an aligned address.
@@ -33,7 +34,7 @@ class Tensor {
     // As in PyTorch, null when there are no elements.
     void* data_ptr() const { return numel() == 0 ? nullptr : memory().bytes(); }
 
-   private:
+  private:
     static int64_t count(const std::vector<int64_t>& sizes) {
         int64_t n = 1;
         for (const int64_t size : sizes) n *= size;
@@ -44,7 +45,8 @@ class Tensor {
         Storage(const std::vector<int64_t>& sizes, DType dtype, int64_t offset)
             : sizes(sizes),
               dtype(dtype),
-              memory(static_cast<size_t>(count(sizes) * size_of(dtype)), static_cast<size_t>(offset * size_of(dtype))) {
+              memory(static_cast<size_t>(count(sizes) * size_of(dtype)),
+                     static_cast<size_t>(offset * size_of(dtype))) {
             register_buffer(memory);
         }
         ~Storage() { unregister_buffer(memory); }
