@@ -38,7 +38,7 @@ def check_same_device(function: str, first_name: str, first: Tensor, **tensors: 
 
 def check_eps(function: str, eps: Any) -> None:
     """An eps must be a finite number that is not negative."""
-    if not isinstance(eps, (int, float)) or not math.isfinite(eps) or eps < 0:
+    if not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
         raise ValueError(f"{function}: eps must be a finite number >= 0, got {eps!r}")
 
 
