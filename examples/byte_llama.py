@@ -124,22 +124,22 @@ class ByteLlama(nn.Module):
         return bytes(tokens[0].tolist())
 
 
-def main(steps: int = 50) -> float:
+def main(steps: int = 40) -> float:
     import narrowgauge as ng
     from narrowgauge.examples.standard_library_text import Batches, standard_library_text
 
     torch.manual_seed(0)
-    model = ByteLlama(Config(dim=128, layers=2))
+    model = ByteLlama(Config(dim=64, layers=2))
     print(ng.swap(model))
     optimizer = ng.optim.AdamW(model.parameters(), lr=3e-3)
-    batches = Batches(standard_library_text().train, steps, batch_size=8, length=96, seed=0)
+    batches = Batches(standard_library_text().train, steps, batch_size=8, length=64, seed=0)
     for step in range(steps):
         loss = model.loss(*batches[step])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     print(f"loss after {steps} steps: {loss.item():.3f} nats per byte")
-    print(model.write(b"def ", 80).decode(errors="replace"))
+    print(model.write(b"def ", 60).decode(errors="replace"))
     return loss.item()
 
 

@@ -109,7 +109,7 @@ def norm_case(name: str, shape: tuple[int, int], dtype: torch.dtype, backward: b
             contest.contestants["compile"] = call(torch.compile(eager, dynamic=False))
         return contest
 
-    passes = "forward+backward" if backward else "forward"
+    passes = "fwd+bwd" if backward else "fwd"
     return Case(name, f"{passes} {shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')}", build)
 
 
@@ -131,7 +131,7 @@ def call_case(name: str, grad: bool, backward: bool) -> Case:
             contest.contestants[f"eager {other}"] = call(CONTESTANTS[other][1], *inputs[other])
         return contest
 
-    passes = "forward+backward" if backward else "forward"
+    passes = "fwd+bwd" if backward else "fwd"
     return Case(name, f"call {passes} 1x64 float32 {'with' if grad else 'no'} grad", build, host_time=True)
 
 

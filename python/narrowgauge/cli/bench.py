@@ -43,7 +43,7 @@ def bench(
     pattern: Annotated[
         str,
         typer.Argument(
-            help='Words that must all be in a case\'s name, such as "rms_norm forward". All by default.'
+            help='Words that must all be in a case\'s name, such as "rms_norm fwd". All by default.'
         ),
     ] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",

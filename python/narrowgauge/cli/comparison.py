@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 import narrowgauge as ng
 from narrowgauge.cli import machine
@@ -33,7 +34,7 @@ class Options:
     dtype: str = "float32"
     linear: str | None = None
     state_dtype: str = "fp32"
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     seed: int = 0
     block: int = 10  # steps of one training before the other has its turn
 
@@ -45,8 +46,13 @@ class Options:
 class Run:
     """One of the two trainings, and what it has cost so far."""
 
-    def __init__(self, model: ByteLlama, optimizer: torch.optim.Optimizer, device: torch.device):
+    def __init__(self, model: ByteLlama, optimizer: torch.optim.Optimizer, steps: int, device: torch.device):
         self.model, self.optimizer, self.device = model, optimizer, device
+        # A warm-up, then a fall to zero: with a high rate the last bit of a rounding grows into a visible
+        # difference of the loss.
+        self.schedule = LambdaLR(
+            optimizer, lambda step: min((step + 1) / (0.1 * steps), 1.0, 1.0 - step / steps)
+        )
         self.losses: list[float] = []
         self.tokens_per_second: list[float] = []  # one number per complete block
 
@@ -60,6 +66,7 @@ class Run:
                 loss = self.model.loss(inputs, targets)
                 loss.backward()
                 self.optimizer.step()
+                self.schedule.step()
                 self.optimizer.zero_grad()
                 losses.append(loss.detach())
                 tokens += inputs.numel()
@@ -105,13 +112,12 @@ class Comparison:
         stock = stock.to(device, getattr(torch, options.dtype))
         ours = copy.deepcopy(stock)
         self.swapped = ng.swap(ours, linear=options.linear)
+        our_adamw = ng.optim.AdamW(
+            ours.parameters(), lr=options.learning_rate, state_dtype=options.state_dtype
+        )
         self.runs = {
-            STOCK: Run(stock, stock_adamw(stock, options.learning_rate), device),
-            OURS: Run(
-                ours,
-                ng.optim.AdamW(ours.parameters(), lr=options.learning_rate, state_dtype=options.state_dtype),
-                device,
-            ),
+            STOCK: Run(stock, stock_adamw(stock, options.learning_rate), options.steps, device),
+            OURS: Run(ours, our_adamw, options.steps, device),
         }
 
     def blocks(self) -> Iterable[tuple[Run, range]]:

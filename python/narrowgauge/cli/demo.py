@@ -30,7 +30,7 @@ def demo(
     layers: Annotated[int, typer.Option(min=1)] = 4,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 8,
     sequence_length: Annotated[int, typer.Option(min=1, help="Bytes per sequence.")] = 128,
-    learning_rate: Annotated[float, typer.Option(min=0)] = 2e-3,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 1e-3,
     seed: Annotated[int, typer.Option(help="Of the parameters and the batches.")] = 0,
     out: Annotated[Path, typer.Option(help="Directory for the picture and the numbers.")] = Path("demo"),
 ) -> None:

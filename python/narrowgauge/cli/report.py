@@ -76,8 +76,10 @@ def roofline(case: dict[str, Any]) -> str:
 def bench_table(result: dict[str, Any]) -> Table:
     """Times, speed-ups with their spread, and the share of the copy bandwidth."""
     rivals = rivals_of(result)
-    table = Table(title="stopped early" if result["partial"] else None)
-    for heading in ("case", "ours", *(f"against {rival}" for rival in rivals), "of roofline"):
+    table = Table(
+        title="stopped early" if result["partial"] else None, caption="2.00x: twice the time of ours"
+    )
+    for heading in ("case", "ours", *rivals, "of roofline"):
         table.add_column(heading, justify="left" if heading == "case" else "right")
     for case in result["cases"]:
         ratios = (speedup(case, rival, spread=True) for rival in rivals)
@@ -91,7 +93,7 @@ def difference_table(first: dict[str, Any], second: dict[str, Any]) -> Table:
     rivals = [rival for rival in rivals_of(first) if rival in rivals_of(second)]
     table = Table()
     table.add_column("case")
-    for heading in (*(f"against {rival}" for rival in rivals), "of roofline"):
+    for heading in (*rivals, "of roofline"):
         table.add_column(heading, justify="right")
     for case in second["cases"]:
         if case["name"] in before:
@@ -112,9 +114,10 @@ def markdown_page(result: dict[str, Any]) -> str:
     )
     headings = ["case", *rivals, "of copy bandwidth"]
     lines = [
-        f"Measured on {place}, torch {machine['torch']}, {machine['date'][:10]}. 2.00x says that the",
-        "contestant takes twice the time narrowgauge takes in the same run: the median of paired rounds, and in",
-        "parentheses the 20th to 80th percentile. The last column compares narrowgauge with a copy of as many bytes.",
+        f"Measured on {place}, torch {machine['torch']}, {machine['date'][:10]}.",
+        "2.00x says that the contestant takes twice the time narrowgauge takes in the same run: the median",
+        "of paired rounds, with the 20th to 80th percentile in parentheses. The last column compares",
+        "narrowgauge with a copy of as many bytes.",
         "",
         "| " + " | ".join(headings) + " |",
         "|---" + "|---:" * (len(headings) - 1) + "|",
