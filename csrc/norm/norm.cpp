@@ -91,6 +91,7 @@ Forward forward(const Tensor& x, const OptionalTensor& residual, const OptionalT
     args.rstd = data(out.rstd);
     args.rows = rows;
     args.columns = columns;
+    args.per_column = 1.0 / static_cast<double>(columns);
     args.eps = eps;
     args.weight_offset = weight_offset;
     args.centred = centred;
@@ -212,6 +213,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
     args.dx = data(dx);
     args.rows = rows;
     args.columns = columns;
+    args.per_column = 1.0 / static_cast<double>(columns);
     args.weight_offset = weight_offset;
     args.centred = mean.has_value();
     args.x_type = dtype(x);
@@ -222,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
     args.chunks = std::clamp<int64_t>(rows / 16, 1, 64);
 #else
     const OnDevice device(x);
-    args.chunks = norm_backward_blocks(args);
+    args.chunks = norm_backward_chunks_on_device(args);
 #endif
     OptionalTensor dweight_partial, dbias_partial;
     if (dweight) dweight_partial = empty({args.chunks, columns}, statistics, x);

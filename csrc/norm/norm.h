@@ -22,6 +22,7 @@ struct NormForward {
     void* mean;          // or null; [rows]
     void* rstd;          // or null; [rows]
     int64_t rows, columns;
+    double per_column;  // 1 / columns
     double eps, weight_offset;
     bool centred;  // LayerNorm: subtract the mean
     DType x_type, residual_type, weight_type, bias_type, y_type;
@@ -44,6 +45,7 @@ struct NormBackward {
     void* dweight_partial;  // or null; [chunks, columns], float (double for double)
     void* dbias_partial;    // or null; likewise
     int64_t rows, columns, chunks;
+    double per_column;  // 1 / columns
     double weight_offset;
     bool centred;
     DType x_type, dy_type, weight_type;
