@@ -75,8 +75,9 @@ void run(Quantize& args, const Tensor&) {
 #else
 void run(Quantize& args, const Tensor& x) {
     const OnDevice device(x);
-    args.chunks = args.granularity == Granularity::tensor ? quantize_tensor_blocks(args) : 0;
-    const Tensor largest = empty({args.chunks}, DType::int32, x);
+    args.chunks = quantize_chunks(args);
+    const int64_t groups = args.granularity == Granularity::column ? args.columns : 1;
+    const Tensor largest = empty({args.chunks * groups}, DType::int32, x);
     args.largest = static_cast<uint32_t*>(data(largest));
     launch_quantize(args, device.stream());
 }

@@ -18,7 +18,7 @@ struct Quantize {
     const float* noise;  // or null; like x
     void* codes;
     float* scale;
-    uint32_t* largest;  // working memory per tensor: the largest magnitude of each chunk
+    uint32_t* largest;  // working memory: the largest magnitudes of each chunk
     int64_t rows, columns, chunks;
     Granularity granularity;
     DType x_type, code_type;
