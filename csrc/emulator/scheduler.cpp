@@ -8,6 +8,7 @@
 #include <map>
 #include <numeric>
 #include <set>
+#include <tuple>
 #include <utility>
 
 #include "emulator/fiber.h"
@@ -38,8 +39,12 @@ static std::string& disabled_site() {
 }
 
 static Site& find_site(const char* kind, Where where) {
-    static std::map<std::tuple<const char*, const char*, int>, Site*> seen;
-    Site*& site = seen[{kind, where.file, where.line}];
+    using Key = std::tuple<const char*, const char*, int>;
+    static std::map<Key, Site*> seen;
+    static std::pair<Key, Site*> last;  // threads tend to come to a site one after the other
+    const Key key{kind, where.file, where.line};
+    if (last.second != nullptr && last.first == key) return *last.second;
+    Site*& site = seen[key];
     if (site == nullptr) {
         std::string file = where.file;
         const size_t root = file.rfind("csrc/");
@@ -47,6 +52,7 @@ static Site& find_site(const char* kind, Where where) {
         const std::string place = file + ":" + std::to_string(where.line);
         site = &sites().insert({{place, kind}, {place, kind, place == disabled_site()}}).first->second;
     }
+    last = {key, site};
     return *site;
 }
 
@@ -78,7 +84,7 @@ struct Random {
         z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
         return z ^ (z >> 31);
     }
-    int below(int n) { return static_cast<int>(next() % static_cast<uint64_t>(n)); }
+    int below(int n) { return static_cast<int>((next() >> 32) * static_cast<uint64_t>(n) >> 32); }
 };
 
 static Random schedule;
