@@ -281,6 +281,14 @@ def _check_forward(module: nn.Module, base: type[nn.Module]) -> None:
 
 def _check_bare(module: nn.Module, parameters: set[str]) -> None:
     """There must be nothing about a module that its replacement would not have."""
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        if type(parameter) is not nn.Parameter:
+            remedy = ": come before fully_shard" if type(parameter).__name__ == "DTensor" else ""
+            raise Unsuitable(f"its {name} is a {type(parameter).__name__}{remedy}")
+        if parameter.dtype not in DTYPES:
+            raise Unsuitable(f"its {name} is {parameter.dtype}")
     if "forward" in vars(module):
         raise Unsuitable("its forward was replaced")
     if "parametrizations" in module._modules:
@@ -291,14 +299,6 @@ def _check_bare(module: nn.Module, parameters: set[str]) -> None:
         raise Unsuitable("has child modules or buffers")
     if set(module._parameters) != parameters:
         raise Unsuitable(f"its parameters are not {' and '.join(sorted(parameters))}")
-    for name, parameter in module._parameters.items():
-        if parameter is None:
-            continue
-        if type(parameter) is not nn.Parameter:
-            remedy = ": swap before sharding" if type(parameter).__name__ == "DTensor" else ""
-            raise Unsuitable(f"its {name} is a {type(parameter).__name__}{remedy}")
-        if parameter.dtype not in DTYPES:
-            raise Unsuitable(f"its {name} is {parameter.dtype}")
 
 
 def _probe_weight_offset(module: nn.Module) -> float:
