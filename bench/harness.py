@@ -14,6 +14,7 @@ overhead ask for host time on both.
 from __future__ import annotations
 
 import ctypes
+import fnmatch
 import gc
 import importlib.util
 import random
@@ -318,12 +319,13 @@ def copy_bandwidth(device: str, megabytes: int = 256) -> float:
 
 
 def cases_of(modules: Iterable[Any], device: str, pattern: str = "") -> list[Case]:
-    """The cases for a device whose name contains every word of the pattern."""
-    cases = [case for module in modules for case in module.CASES]
-    words = pattern.lower().split()
+    """The cases for a device whose name has every word of the pattern; `*` stands for anything."""
+
+    def chosen(case: Case) -> bool:
+        words = case.name.lower().split()
+        return all(fnmatch.filter(words, wanted) for wanted in pattern.lower().split())
+
+    kind = device.partition(":")[0]
     return [
-        case
-        for case in cases
-        if case.only_on in (None, device.partition(":")[0])
-        and all(word in case.name.lower() for word in words)
+        case for module in modules for case in module.CASES if case.only_on in (None, kind) and chosen(case)
     ]

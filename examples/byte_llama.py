@@ -124,7 +124,7 @@ class ByteLlama(nn.Module):
         return bytes(tokens[0].tolist())
 
 
-def main(steps: int = 40) -> float:
+def main(steps: int = 20) -> float:
     import narrowgauge as ng
     from narrowgauge.examples.standard_library_text import Batches, standard_library_text
 

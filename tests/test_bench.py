@@ -118,11 +118,13 @@ def test_case_names_are_unique_and_patterns_select():
     _, modules = load_bench(ROOT)
     names = [case.name for module in modules for case in module.CASES]
     assert len(names) == len(set(names)) > 20
-    chosen = harness.cases_of(modules, "cpu", "RMS_norm 4096x4096 bfloat16 fwd+bwd")
+    chosen = harness.cases_of(modules, "cpu", "*RMS_norm 4096x4096 bfloat16 fwd+bwd")
     assert {case.name for case in chosen} == {
         "rms_norm fwd+bwd 4096x4096 bfloat16",
         "add_rms_norm fwd+bwd 4096x4096 bfloat16",
     }
+    alone = harness.cases_of(modules, "cpu", "rms_norm 4096x4096 bfloat16 fwd+bwd")
+    assert [case.name for case in alone] == ["rms_norm fwd+bwd 4096x4096 bfloat16"]
     assert all(case.only_on != "cuda" for case in harness.cases_of(modules, "cpu"))
 
 
@@ -138,7 +140,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
 default = faults()
-setting = harness.keep_freed_memory()
+setting = harness.keep_freed_memory(reserve=2**28)
 faults()
 print(setting["accepted"], default, faults())
 """

@@ -42,9 +42,7 @@ def load_bench(checkout: Path) -> tuple[Any, list[Any]]:
 def bench(
     pattern: Annotated[
         str,
-        typer.Argument(
-            help='Words that must all be in a case\'s name, such as "rms_norm fwd". All by default.'
-        ),
+        typer.Argument(help='Words of the case\'s name, such as "*norm fwd bfloat16". All cases by default.'),
     ] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     seconds: Annotated[float, typer.Option(min=0.0, help="Time per case, after the warm-up.")] = 2.0,
