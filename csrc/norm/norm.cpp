@@ -1,5 +1,5 @@
 // LayerNorm and RMSNorm, plain and with a fused residual add: the bindings.
-#include "common/binding.h"
+#include "norm/guards.h"
 #include "norm/norm.h"
 
 #if !NARROWGAUGE_CPU
@@ -8,38 +8,6 @@
 
 namespace narrowgauge {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
-
-// The type next to a narrow input may be the same or float32; float64 goes with float64 only.
-bool is_companion(DType type, DType of) {
-    return type == of || (type == DType::float32 && of != DType::float64);
-}
-
-void check_vector(const OptionalTensor& vector, const char* name, const Tensor& x, int64_t columns) {
-    if (!vector) return;
-    check_layout(*vector, x, name);
-    NG_CHECK(vector->dim() == 1 && vector->numel() == columns, name, " must have shape [", columns, "]");
-    NG_CHECK(is_companion(dtype(*vector), dtype(x)), name, " must have the dtype of x or float32, got ",
-             name_of(dtype(*vector)));
-}
-
-bool same_sizes(const Tensor& a, const Tensor& b) {
-    const auto a_sizes = a.sizes(), b_sizes = b.sizes();
-    return a_sizes.size() == b_sizes.size() && std::equal(a_sizes.begin(), a_sizes.end(), b_sizes.begin());
-}
-
-struct Shape {
-    int64_t rows, columns;
-};
-
-Shape check_rows(const Tensor& x) {
-    NG_CHECK(is_floating(dtype(x)), "x must be float32, bfloat16, float16 or float64, got ", name_of(dtype(x)));
-    NG_CHECK(x.dim() >= 1, "x must have at least one dimension");
-    NG_CHECK(x.is_contiguous(), "x must be contiguous; call .contiguous() first");
-    const int64_t columns = x.size(x.dim() - 1);
-    return {columns > 0 ? x.numel() / columns : 0, columns};
-}
 
 void run(const NormForward& args, [[maybe_unused]] const Tensor& x) {
     if (args.rows == 0) return;

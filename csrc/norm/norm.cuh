@@ -75,7 +75,7 @@ __device__ __forceinline__ void store_beside(void* raw, DType type, const char* 
 // --- forward ---------------------------------------------------------------------------------------------------
 
 template <class X, int Width, int Vectors, bool Centred>
-__global__ void __launch_bounds__(512) norm_forward_kernel(NormForward args, int threads_per_row) {
+__global__ void __launch_bounds__(512, 1) norm_forward_kernel(NormForward args, int threads_per_row) {
     using A = compute_t<X>;
     SharedArena arena;
     const Shared<A> partials = arena.template take<A>(max_warps);
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(512) norm_forward_kernel(NormForward args, int
 // dx, and the partial sums of dweight and dbias. Group c of threads walks the rows c, c + chunks, c + 2 chunks, ...
 // and owns row c of the partial buffers. With Vectors = 0 it writes dx alone; norm_backward_columns_kernel does the rest.
 template <class S, int Width, int Vectors, bool Centred>
-__global__ void __launch_bounds__(512) norm_backward_kernel(NormBackward args, int threads_per_row) {
+__global__ void __launch_bounds__(512, 1) norm_backward_kernel(NormBackward args, int threads_per_row) {
     using A = compute_t<S>;
     SharedArena arena;
     const Shared<A> partials = arena.template take<A>(max_warps);
