@@ -94,6 +94,7 @@ def test_stopping_a_demo_keeps_what_there_is(tmp_path, monkeypatch):
     assert result["partial"] is True
     assert sorted(len(side["losses"]) for side in result["runs"].values()) == [14, 20]
     assert result["comparison"]["difference"]["validation_loss"] is None
+    assert result["comparison"]["agree"] is True, "at the last step that both have done"
     assert (tmp_path / "demo.png").read_bytes().startswith(PNG)
 
 

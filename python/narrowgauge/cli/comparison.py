@@ -131,7 +131,8 @@ class Comparison:
 
     def result(self, partial: bool = False) -> dict[str, Any]:
         """Everything known so far, ready for JSON. A partial result has no validation losses."""
-        runs = {name: self._summary(run, partial) for name, run in self.runs.items()}
+        steps = min(len(run.losses) for run in self.runs.values())  # that both have done
+        runs = {name: self._summary(run, steps, partial) for name, run in self.runs.items()}
         return {
             "kind": "demo",
             "schema": 1,
@@ -144,8 +145,8 @@ class Comparison:
             "comparison": compare(runs[STOCK], runs[OURS], self.options.tolerance),
         }
 
-    def _summary(self, run: Run, partial: bool) -> dict[str, Any]:
-        last = run.losses[-self.options.block :]
+    def _summary(self, run: Run, steps: int, partial: bool) -> dict[str, Any]:
+        last = run.losses[max(0, steps - self.options.block) : steps]
         return {
             "losses": run.losses,
             "training_loss": sum(last) / len(last) if last else None,

@@ -143,9 +143,13 @@ def number(value: float | None, form: str) -> str:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    agree, tolerance = result["comparison"]["agree"], result["comparison"]["tolerance"]
-    if agree is None:
+    comparison = result["comparison"]
+    differences = [difference for difference in comparison["difference"].values() if difference is not None]
+    tolerance = comparison["tolerance"]
+    if not differences:
         return "Nothing to compare yet."
-    if agree:
+    if comparison["agree"]:
         return f"[green]The losses agree[/green] within {tolerance} nats."
-    return f"[red]The losses differ by more than {tolerance} nats.[/red]"
+    if max(differences) <= tolerance:
+        return f"[green]narrowgauge's loss is lower[/green], by more than {tolerance} nats."
+    return f"[red]narrowgauge's loss is higher[/red] by more than {tolerance} nats."

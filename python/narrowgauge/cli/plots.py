@@ -47,7 +47,7 @@ def plot_losses(result: dict[str, Any], path: Path) -> None:
 def plot_speedups(result: dict[str, Any], path: Path) -> None:
     """One bar per case and contestant: how many times faster ours is, with the spread over rounds."""
     cases = result["cases"]
-    rivals = sorted({name for case in cases for name in case["speedups"]})
+    rivals = list(dict.fromkeys(name for case in cases for name in case["speedups"]))
     figure, axes = plt.subplots(
         figsize=(8, 1.2 + 0.28 * len(cases) * max(len(rivals), 1)), layout="constrained"
     )
@@ -55,14 +55,13 @@ def plot_speedups(result: dict[str, Any], path: Path) -> None:
     for index, rival in enumerate(rivals):
         rows = [(row, case["speedups"][rival]) for row, case in enumerate(cases) if rival in case["speedups"]]
         places = [row + (index - (len(rivals) - 1) / 2) * thickness for row, _ in rows]
-        middles = [spread["median"] for _, spread in rows]
+        beyond = [spread["median"] - 1 for _, spread in rows]  # bars grow from 1, the tie, to either side
         reach = [
             [spread["median"] - spread["p20"] for _, spread in rows],
             [spread["p80"] - spread["median"] for _, spread in rows],
         ]
-        axes.barh(
-            places, middles, thickness, xerr=reach, label=f"against {rival}", error_kw={"linewidth": 0.8}
-        )
+        style = {"xerr": reach, "error_kw": {"linewidth": 0.8}, "label": f"against {rival}"}
+        axes.barh(places, beyond, thickness, left=1.0, **style)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
