@@ -17,7 +17,7 @@ NG_NAMESPACE_BEGIN
 template <bool Amsgrad>
 struct AdamW {
     static constexpr int states = Amsgrad ? 3 : 2;  // exp_avg, exp_avg_sq, max_exp_avg_sq
-    static constexpr bool is_signed(int state) { return state == 0; }
+    static NG_HOST_DEVICE constexpr bool is_signed(int state) { return state == 0; }
 
     // What a step computes once per parameter: in float64, then rounded to T.
     template <class T>

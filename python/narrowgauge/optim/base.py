@@ -66,6 +66,24 @@ def _like(x: Tensor, model: Tensor) -> Tensor:
     return torch.empty_like(model, dtype=x.dtype).copy_(x)
 
 
+def _new_sharded_scale(p: Any, dtype: torch.dtype) -> Tensor:
+    """Scales for the blocks of a sharded parameter, which do not cross shards.
+
+    Every process holds as many as the largest shard needs: a DTensor's shards have one size, or torch.chunk's sizes.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    sizes = list(p.shape)
+    placements: list[Any] = []
+    for placement, parts in zip(p.placements, p.device_mesh.shape, strict=True):
+        dim = getattr(placement, "dim", None)
+        placements.append(Replicate() if dim is None else Shard(0))
+        if dim is not None:
+            sizes[dim] = -(-sizes[dim] // parts)
+    scale = torch.zeros(codec.block_count(math.prod(sizes)), dtype=dtype, device=p.device)
+    return DTensor.from_local(scale, p.device_mesh, placements, run_check=False)
+
+
 def _first_element(p: Tensor) -> int:
     """Where this process's shard begins in the whole parameter."""
     dtensor = _dtensor()
@@ -184,11 +202,10 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
     def _new_state(self, p: Tensor, dtype: torch.dtype, shaped: bool) -> Tensor:
         if shaped:
             return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-        scale = torch.zeros(codec.block_count(_local(p).numel()), dtype=dtype, device=p.device)
         dtensor = _dtensor()
         if dtensor is not None and isinstance(p, dtensor):
-            return dtensor.from_local(scale, p.device_mesh, p.placements, run_check=False)
-        return scale
+            return _new_sharded_scale(p, dtype)
+        return torch.zeros(codec.block_count(_local(p).numel()), dtype=dtype, device=p.device)
 
     def _init_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
         state = self.state[p]
@@ -347,7 +364,10 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             local_params,
             local_grads,
             local_states,
-            [_local(scale) for scale in scales],
+            [
+                _local(scale)[: codec.block_count(local_params[i // per_param].numel())]
+                for i, scale in enumerate(scales)
+            ],
             [_local(step) for step in steps],
             written_back,
         )
