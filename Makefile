@@ -11,7 +11,8 @@ RUN     := $(VENV)/bin/python
 PIP     := $(RUN) -m pip --disable-pip-version-check
 CMAKE   := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake
 
-TORCH_cpu  := torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
+# --no-deps: what torch needs comes with the package below, without asking PyTorch's index for each.
+TORCH_cpu  := --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0
 TORCH_cuda := torch
 
 .DELETE_ON_ERROR:
@@ -74,7 +75,8 @@ clean:
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "narrowgauge needs Python 3.10 or newer")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet "setuptools>=77" wheel cmake ninja $(TORCH_$(TORCH))
+	$(PIP) install --quiet "setuptools>=77" cmake ninja
+	$(PIP) install --quiet $(TORCH_$(TORCH))
 	touch $@
 
 # The package in place without its libraries, and what it needs to run; the libraries follow, incrementally.
