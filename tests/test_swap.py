@@ -224,6 +224,7 @@ def test_swapping_twice_says_so_and_changes_nothing() -> None:
     assert list(model.modules()) == modules
     assert not report.replaced
     assert "every one of 6 is narrowgauge's already" in str(report)
+    assert left(ng.swap(model, linear="int8-row"))["0"] == "has recipe fp8-row: unswap first"
 
 
 def with_hook(module: nn.Module) -> nn.Module:

@@ -159,8 +159,8 @@ def _replace(
                 places.setdefault(child, []).append((f"{prefix}.{key}" if prefix else key, parent, key))
 
     replacements: dict[nn.Module, nn.Module] = {}
-    for old, found in places.items():
-        names = [name for name, _, _ in found]
+    for _, old in report.model.named_modules():
+        names = [name for name, _, _ in places[old]]
         described = ", ".join(names) or "(the model)", _type_name(old)
         try:
             suitable = replacement(old)
@@ -205,6 +205,12 @@ def _has_weight_and_eps(module: nn.Module) -> bool:
     return only_weight and isinstance(_eps(module), float)
 
 
+def _width(module: nn.Module) -> int:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight.numel()
+
+
 def _eps(module: nn.Module) -> Any:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
@@ -233,13 +239,13 @@ def _new_norm(old: nn.Module) -> tuple[nn.Module, str]:
         raise Unsuitable("narrowgauge has no replacement for it")
     _check_bare(old, {"weight"})
     offset = _probe_weight_offset(old)
-    new = RMSNorm(old.weight.shape, _eps(old), weight_offset=offset, device="meta")
+    new = RMSNorm(_width(old), _eps(old), weight_offset=offset, device="meta")
     return _take_over(new, old), "scales by 1 + w" if offset else "scales by w"
 
 
 def _new_linear(old: nn.Module, recipe: str) -> tuple[nn.Module, str]:
     if isinstance(old, quant.Linear):
-        raise Unsuitable(ALREADY)
+        raise Unsuitable(ALREADY if old.recipe == recipe else f"has recipe {old.recipe}: unswap first")
     assert isinstance(old, nn.Linear)
     if isinstance(old, NonDynamicallyQuantizableLinear):
         raise Unsuitable("nn.MultiheadAttention reads its parameters and never calls it")
@@ -305,7 +311,7 @@ def _probe_weight_offset(module: nn.Module) -> float:
     """0 for an RMSNorm that scales by w, 1 for one by 1 + w; found by running a twin on a small input."""
     if len(inspect.signature(module.forward).parameters) != 1:
         raise Unsuitable("its forward takes more than one argument")
-    eps, width = _eps(module), module._parameters["weight"].numel()  # type: ignore[union-attr]
+    eps, width = _eps(module), _width(module)
     generator = torch.Generator("cpu").manual_seed(0)
     weight = torch.rand(width, generator=generator, device="cpu") + 0.5
     x = torch.randn(2, 3, width, generator=generator, device="cpu")

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -189,16 +189,19 @@ def step_all(parameters: list[Tensor], gradients: list[list[Tensor]], **options:
         optimizer.step()
 
 
-def step_shards(mesh: DeviceMesh, dtype: torch.dtype, **options: object) -> list[nn.Parameter]:
+def step_shards(placement: Shard, dtype: torch.dtype, **options: object) -> list[nn.Parameter]:
+    mesh = init_device_mesh("cpu", (PROCESSES,))
     values, gradients = parameters_and_gradients(dtype, 3)
-    sharded = [nn.Parameter(distribute_tensor(value, mesh, [Shard(0)])) for value in values]
-    sharded_gradients = [[distribute_tensor(g, mesh, [Shard(0)]) for g in gradient] for gradient in gradients]
+    sharded = [nn.Parameter(distribute_tensor(value, mesh, [placement])) for value in values]
+    sharded_gradients = [
+        [distribute_tensor(g, mesh, [placement]) for g in gradient] for gradient in gradients
+    ]
     step_all(sharded, sharded_gradients, **options)
     return sharded
 
 
 def assert_shards_step_like_the_whole(dtype: torch.dtype, **options: object) -> None:
-    sharded = step_shards(init_device_mesh("cpu", (PROCESSES,)), dtype, **options)
+    sharded = step_shards(Shard(0), dtype, **options)
     values, gradients = parameters_and_gradients(dtype, 3)
     plain = [nn.Parameter(value) for value in values]
     step_all(plain, gradients, **options)
@@ -220,17 +223,18 @@ def optimizer_rounds_shards_with_the_random_bits_of_the_whole() -> None:
 @check
 def optimizer_keeps_8_bit_states_shard_by_shard() -> None:
     """What one process computes that has the local shards as ordinary parameters."""
-    mesh = init_device_mesh("cpu", (PROCESSES,))
-    sharded = step_shards(mesh, torch.float32, **INT8)
-    values, gradients = parameters_and_gradients(torch.float32, 3)
+    for dim in (0, -1):
+        sharded = step_shards(Shard(dim), torch.float32, **INT8)
+        values, gradients = parameters_and_gradients(torch.float32, 3)
 
-    def local(tensor: Tensor) -> Tensor:
-        return distribute_tensor(tensor, mesh, [Shard(0)]).to_local().clone()
+        def local(whole: Tensor, shard: DTensor) -> Tensor:
+            return distribute_tensor(whole, shard.device_mesh, shard.placements).to_local().clone()
 
-    plain = [nn.Parameter(local(value)) for value in values]
-    step_all(plain, [[local(g) for g in gradient] for gradient in gradients], **INT8)
-    for ours, theirs in zip(sharded, plain, strict=True):
-        assert torch.equal(ours.to_local(), theirs), f"shape {tuple(ours.shape)}"
+        plain = [nn.Parameter(local(*pair)) for pair in zip(values, sharded, strict=True)]
+        mine = [[local(*pair) for pair in zip(gradient, sharded, strict=True)] for gradient in gradients]
+        step_all(plain, mine, **INT8)
+        for ours, theirs in zip(sharded, plain, strict=True):
+            assert torch.equal(ours.to_local(), theirs), f"shape {tuple(ours.shape)}, dimension {dim}"
 
 
 def assert_checkpoint_resumes(dtype: torch.dtype, **options: object) -> None:

@@ -69,7 +69,8 @@ def _like(x: Tensor, model: Tensor) -> Tensor:
 def _new_sharded_scale(p: Any, dtype: torch.dtype) -> Tensor:
     """Scales for the blocks of a sharded parameter, which do not cross shards.
 
-    Every process holds as many as the largest shard needs: a DTensor's shards have one size, or torch.chunk's sizes.
+    Every process holds as many as the largest shard needs, because shards of a DTensor that is made of local tensors
+    must have one size: checkpoints are cut by it.
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -203,9 +204,19 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         if shaped:
             return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
         dtensor = _dtensor()
-        if dtensor is not None and isinstance(p, dtensor):
-            return _new_sharded_scale(p, dtype)
-        return torch.zeros(codec.block_count(_local(p).numel()), dtype=dtype, device=p.device)
+        if dtensor is None or not isinstance(p, dtensor):
+            return torch.zeros(codec.block_count(p.numel()), dtype=dtype, device=p.device)
+        # Blocks do not cross shards. Every process keeps as many scales as the largest shard needs, so that together
+        # they are one evenly sharded tensor that a distributed checkpoint can store.
+        from torch.distributed.tensor import Replicate, Shard
+
+        shape = list(p.shape)
+        for size, placement in zip(p.device_mesh.shape, p.placements, strict=True):
+            if placement.is_shard():
+                shape[placement.dim] = -(-shape[placement.dim] // size)
+        scale = torch.zeros(codec.block_count(math.prod(shape)), dtype=dtype, device=p.device)
+        placements = [Shard(0) if placement.is_shard() else Replicate() for placement in p.placements]
+        return dtensor.from_local(scale, p.device_mesh, placements, run_check=False)
 
     def _init_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
         state = self.state[p]
@@ -309,9 +320,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         first_elements = [_first_element(p) for p in params] if stochastic else []
         written_back: list[tuple[Tensor, Tensor]] = []
         if not plain:
-            params, grads, states, scales, steps, written_back = self._local_lists(
-                params, grads, states, scales, steps
-            )
+            params, grads, states, scales, written_back = self._local_lists(params, grads, states, scales)
         if grads[0].dtype not in (params[0].dtype, torch.float32, torch.bfloat16) or (
             params[0].dtype is torch.float64 and grads[0].dtype is not torch.float64
         ):
@@ -336,17 +345,12 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             torch.autograd.graph.increment_version(whole)
 
     def _local_lists(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[Tensor],
-        scales: list[Tensor],
-        steps: list[Tensor],
+        self, params: list[Tensor], grads: list[Tensor], states: list[Tensor], scales: list[Tensor]
     ) -> tuple[Any, ...]:
         """This process's shards, as real numbers in dense tensors of one layout; and what to copy back afterwards."""
         written_back = []
         per_param = len(states) // len(params)
-        local_params, local_grads, local_states = [], [], []
+        local_params, local_grads, local_states, local_scales = [], [], [], []
         for i, (p, g) in enumerate(zip(params, grads, strict=True)):
             original = _local(p)
             p = original if _is_dense(original) else original.contiguous()
