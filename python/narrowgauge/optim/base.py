@@ -204,19 +204,9 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         if shaped:
             return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
         dtensor = _dtensor()
-        if dtensor is None or not isinstance(p, dtensor):
-            return torch.zeros(codec.block_count(p.numel()), dtype=dtype, device=p.device)
-        # Blocks do not cross shards. Every process keeps as many scales as the largest shard needs, so that together
-        # they are one evenly sharded tensor that a distributed checkpoint can store.
-        from torch.distributed.tensor import Replicate, Shard
-
-        shape = list(p.shape)
-        for size, placement in zip(p.device_mesh.shape, p.placements, strict=True):
-            if placement.is_shard():
-                shape[placement.dim] = -(-shape[placement.dim] // size)
-        scale = torch.zeros(codec.block_count(math.prod(shape)), dtype=dtype, device=p.device)
-        placements = [Shard(0) if placement.is_shard() else Replicate() for placement in p.placements]
-        return dtensor.from_local(scale, p.device_mesh, placements, run_check=False)
+        if dtensor is not None and isinstance(p, dtensor):
+            return _new_sharded_scale(p, dtype)
+        return torch.zeros(codec.block_count(p.numel()), dtype=dtype, device=p.device)
 
     def _init_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
         state = self.state[p]
@@ -364,17 +354,9 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                 if state is not original:
                     written_back.append((original, state))
                 local_states.append(state)
-        return (
-            local_params,
-            local_grads,
-            local_states,
-            [
-                _local(scale)[: codec.block_count(local_params[i // per_param].numel())]
-                for i, scale in enumerate(scales)
-            ],
-            [_local(step) for step in steps],
-            written_back,
-        )
+            for scale in scales[i * per_param : (i + 1) * per_param]:
+                local_scales.append(_local(scale)[: codec.block_count(p.numel())])
+        return local_params, local_grads, local_states, local_scales, written_back
 
     # --- checkpoints ---
 
