@@ -45,6 +45,13 @@ __device__ __forceinline__ uint32_t group_max(uint32_t value, int group, Shared<
     return value;
 }
 
+// words.word[index], without an array indexed at run time, which would not be held in registers.
+__device__ __forceinline__ uint32_t pick(const Philox::Words& words, int index) {
+    const uint32_t even = index & 2 ? words.word[2] : words.word[0],
+                   odd = index & 2 ? words.word[3] : words.word[1];
+    return index & 1 ? odd : even;
+}
+
 // Rounds scaled values to codes and stores them: to nearest, or with random bits or noise where there are
 // any.
 template <class Code>
@@ -66,13 +73,15 @@ class Encoder {
     __device__ __forceinline__ void encode(int64_t i, const Vec<T, Width>& x, ScaleAt scale_at) const {
         Vec<Code, Width> codes;
         if (random_) {
-            constexpr int served = Width < 4 ? Width : 4;  // by one group of words
+            static_assert(Width == 1 || Width % 4 == 0, "a group of four words serves one element or four");
+            constexpr int served = Width == 1 ? 1 : 4;
 #pragma unroll
             for (int start = 0; start < Width; start += served) {
                 const Philox::Words words = philox_.group(static_cast<uint64_t>(i + start) >> 2);
 #pragma unroll
                 for (int k = start; k < start + served; ++k) {
-                    const uint32_t word = Width < 4 ? words.word[(i + k) & 3] : words.word[k & 3];
+                    const uint32_t word =
+                        Width == 1 ? pick(words, static_cast<int>(i & 3)) : words.word[k & 3];
                     codes[k] =
                         round_stochastic<Code>(to_float(x[k]) / scale_at(k), Draw<Code>::of_word(word));
                 }

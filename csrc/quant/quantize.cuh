@@ -12,7 +12,7 @@ namespace narrowgauge {
 // row, which is then read once. Vectors = 0 stands for a row too long for that: it is read again for the
 // codes.
 template <class T, class Code, int Width, int Vectors>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(512, 1)
     quantize_rows_kernel(Quantize args, int threads_per_row, bool aligned) {
     SharedArena arena;
     const Shared<uint32_t> partials = arena.template take<uint32_t>(max_warps);
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(512)
 
 // Every block writes the largest magnitude among its elements.
 template <class T>
-__global__ void __launch_bounds__(256) quantize_find_largest_kernel(Quantize args, bool aligned) {
+__global__ void __launch_bounds__(256, 1) quantize_find_largest_kernel(Quantize args, bool aligned) {
     constexpr int Width = vector_width<T>;
     SharedArena arena;
     const Shared<uint32_t> partials = arena.template take<uint32_t>(max_warps);
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(256) quantize_find_largest_kernel(Quantize arg
 
 // Every block finds the scale from the partial results.
 template <class T, class Code>
-__global__ void __launch_bounds__(256) quantize_encode_kernel(Quantize args, bool aligned) {
+__global__ void __launch_bounds__(256, 1) quantize_encode_kernel(Quantize args, bool aligned) {
     constexpr int Width = vector_width<T>;
     SharedArena arena;
     const Shared<uint32_t> partials = arena.template take<uint32_t>(max_warps);
@@ -116,7 +116,7 @@ constexpr int column_threads = 8, column_rows = 32;
 
 // The largest magnitude in each column of a chunk.
 template <class T, int Width>
-__global__ void __launch_bounds__(256) quantize_find_largest_columns_kernel(Quantize args, bool aligned) {
+__global__ void __launch_bounds__(256, 1) quantize_find_largest_columns_kernel(Quantize args, bool aligned) {
     constexpr int warps = column_threads * column_rows / warp_threads, tile = column_threads * Width;
     SharedArena arena;
     const Shared<uint32_t> partials = arena.template take<uint32_t>(warps * tile);
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(256) quantize_find_largest_columns_kernel(Quan
 }
 
 template <class T, class Code, int Width>
-__global__ void __launch_bounds__(256) quantize_encode_columns_kernel(Quantize args, bool aligned) {
+__global__ void __launch_bounds__(256, 1) quantize_encode_columns_kernel(Quantize args, bool aligned) {
     constexpr int tile = column_threads * Width;
     SharedArena arena;
     const Shared<float> scales = arena.template take<float>(tile);
@@ -199,7 +199,7 @@ __device__ __forceinline__ int64_t quotient(int64_t i, int64_t by) {
 
 // A vector lies within a row.
 template <class Code, class Y, int Width>
-__global__ void __launch_bounds__(256) dequantize_kernel(Dequantize args, bool aligned) {
+__global__ void __launch_bounds__(256, 1) dequantize_kernel(Dequantize args, bool aligned) {
     const int64_t vectors = args.rows * args.columns / Width;
     const auto codes = global<const Code>(args.codes, "codes");
     const auto scale = global<const float>(args.scale, "scale");

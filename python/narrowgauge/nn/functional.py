@@ -1,5 +1,5 @@
 """The functional forms of the layers in :mod:`narrowgauge.nn`."""
 
-from narrowgauge.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from narrowgauge.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, rms_norm_quant
 
-__all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
+__all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm", "rms_norm_quant"]

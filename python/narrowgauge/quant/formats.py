@@ -63,6 +63,13 @@ E5M2 = Float("e5m2", exponent=5, mantissa=2, bias=15, fmax=57344.0, dtype=torch.
 FORMATS: dict[str, Format] = {each.name: each for each in (INT8, E4M3, E5M2)}
 
 
+def scale_of(amax: Tensor, format: Format) -> Tensor:
+    """float32 scales from the largest magnitudes of the groups: 1 for zeros, NaN for what is not finite."""
+    amax = amax.float()
+    scale = amax / torch.full_like(amax, format.largest)  # a scalar divisor would become a reciprocal on CUDA
+    return torch.where(amax.isfinite(), torch.where(scale > 0, scale, 1.0), torch.nan)
+
+
 def round_nearest(v: Tensor, format: Format) -> Tensor:
     """Scaled float32 values to codes, round half to even; NaN becomes 0."""
     v = v.nan_to_num(nan=0.0).clamp(-format.largest, format.largest)

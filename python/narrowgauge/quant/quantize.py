@@ -26,6 +26,7 @@ from narrowgauge.quant.formats import (
     round_nearest,
     round_stochastic_uniform,
     round_stochastic_words,
+    scale_of,
 )
 from narrowgauge.quant.scheme import Quantized, Scheme
 
@@ -46,13 +47,6 @@ def _amax(x: Tensor, granularity: str) -> Tensor:
 def _spread(scale: Tensor, granularity: str) -> Tensor:
     """The scales, in a shape that broadcasts against the codes."""
     return scale.unsqueeze(-1) if granularity == "row" and scale.dim() else scale
-
-
-def scale_of(amax: Tensor, largest: float) -> Tensor:
-    """float32 scales from the groups' largest magnitudes."""
-    amax = amax.float()
-    scale = amax / torch.full_like(amax, largest)  # a scalar divisor would become a reciprocal on CUDA
-    return torch.where(amax.isfinite(), torch.where(scale > 0, scale, 1.0), torch.nan)
 
 
 def _special(x: Tensor) -> Tensor:
@@ -79,6 +73,10 @@ def _samples(make: SampleMaker) -> Iterator[Sample]:
         yield Sample((_special(make(5, 40)), "e4m3", granularity, rng, None), "the same, stochastic")
         yield Sample((make(2, 2120, scale=1e-3), "e4m3", granularity, None, None), "long rows")
         yield Sample((make(300, 3), "int8", granularity, None, None), "many short odd rows")
+        yield Sample((make(260, 24), "int8", granularity, rng, None), "many short rows")
+        yield Sample(
+            (make(1, 16400), "e4m3", granularity, None, None), "a row beyond the registers of a block"
+        )
         yield Sample((make(1, 9001), "int8", granularity, rng, None), "one long odd row")
         yield Sample((make(7), "e5m2", granularity, None, None), "one dimension")
         yield Sample((make(), "int8", granularity, None, None), "no dimension")
@@ -98,7 +96,7 @@ def quantize_operator(
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of x. Rounds to nearest, or stochastically where `rng` or `noise` is given."""
     target = FORMATS[format]
-    scale = scale_of(_amax(x, granularity), target.largest)
+    scale = scale_of(_amax(x, granularity), target)
     v = x.contiguous().float() / _spread(scale, granularity)
     if rng is None and noise is None:
         return round_nearest(v, target), scale
