@@ -36,13 +36,17 @@ def _update(p: Tensor, g: Tensor, states: list[Tensor], scalars: list[Tensor]) -
 
 
 def _samples(make: SampleMaker) -> Iterator[Sample]:
-    def call(shapes: list[tuple[int, ...]], *, amsgrad: bool = False, int8: bool = False, **options: Any) -> tuple[Any, ...]:
+    def call(
+        shapes: list[tuple[int, ...]], *, amsgrad: bool = False, int8: bool = False, **options: Any
+    ) -> tuple[Any, ...]:
         params = [make(*shape) for shape in shapes]
         grads = [make(*shape, dtype=options.get("grad_dtype")) for shape in shapes]
         states, scales = [], []
         for p in params:
             wide = torch.float64 if p.dtype is torch.float64 else torch.float32
-            values = [make(*p.shape, dtype=wide)] + [make(*p.shape, dtype=wide).square() for _ in range(1 + amsgrad)]
+            values = [make(*p.shape, dtype=wide)] + [
+                make(*p.shape, dtype=wide).square() for _ in range(1 + amsgrad)
+            ]
             if int8:
                 encoded = [codec.encode_state(value, signed=k == 0) for k, value in enumerate(values)]
                 states += [codes for codes, _ in encoded]
@@ -52,15 +56,21 @@ def _samples(make: SampleMaker) -> Iterator[Sample]:
         steps = [make(dtype=torch.float32, scale=0.0) + i for i in range(len(params))]
         stochastic = options.get("stochastic", False)
         indices, firsts = (list(range(len(params))), [0] * len(params)) if stochastic else ([], [])
-        scalar = lambda name: None if name not in options else make(dtype=torch.float32, scale=0.0) + options[name]  # noqa: E731
+        scalar = lambda name: (
+            None if name not in options else make(dtype=torch.float32, scale=0.0) + options[name]
+        )  # noqa: E731
         return (
             *(params, grads, states, scales, steps, scalar("lr"), 1e-2, 0.9, 0.999, 1e-2, 1e-8, amsgrad),
             *(options.get("maximize", False), stochastic, 7, indices, firsts),
             *(scalar("grad_scale"), scalar("found_inf")),
         )
 
-    yield Sample(call([(17, 9), (5,), (), (0, 3), (1,)]), "several shapes, among them a scalar and an empty one")
-    yield Sample(call([(255,), (256,), (257,), (1023,), (1025,), (8193,)]), "around block and chunk boundaries")
+    yield Sample(
+        call([(17, 9), (5,), (), (0, 3), (1,)]), "several shapes, among them a scalar and an empty one"
+    )
+    yield Sample(
+        call([(255,), (256,), (257,), (1023,), (1025,), (8193,)]), "around block and chunk boundaries"
+    )
     yield Sample(call([(33, 65)], amsgrad=True, maximize=True), "amsgrad and maximize")
     yield Sample(call([(300,), (7,)], lr=0.03, grad_scale=3.0), "learning rate and gradient scale as tensors")
     yield Sample(call([(300,)], found_inf=1.0), "skipped because a gradient overflowed")
@@ -71,7 +81,9 @@ def _samples(make: SampleMaker) -> Iterator[Sample]:
         yield Sample(call([(300,), (5,)], grad_dtype=torch.float32), "float32 gradients")
     if make.dtype is torch.bfloat16:
         yield Sample(call([(258,), (2049,)], stochastic=True), "stochastic rounding")
-        yield Sample(call([(258,), (2049,)], stochastic=True, int8=True), "stochastic rounding with 8-bit states")
+        yield Sample(
+            call([(258,), (2049,)], stochastic=True, int8=True), "stochastic rounding with 8-bit states"
+        )
 
 
 adamw_op = declare(

@@ -198,7 +198,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             codes = {f"{name}.codes": (torch.uint8, True) for name in names}
             return codes | {f"{name}.scale": (torch.float32, False) for name in names}
         narrow = p.dtype in (torch.bfloat16, torch.float16)
-        return {name: (torch.float32 if narrow else p.dtype, True) for name in names}
+        return dict.fromkeys(names, (torch.float32 if narrow else p.dtype, True))
 
     def _new_state(self, p: Tensor, dtype: torch.dtype, shaped: bool) -> Tensor:
         if shaped:
@@ -221,7 +221,11 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         """The parameters that have a gradient, by what one call can take together. Runs at every step: kept lean."""
         names = self._state_names(group)
         code_names, scale_names = [f"{name}.codes" for name in names], [f"{name}.scale" for name in names]
-        get_states, get_codes, get_scales = itemgetter(*names), itemgetter(*code_names), itemgetter(*scale_names)
+        get_states, get_codes, get_scales = (
+            itemgetter(*names),
+            itemgetter(*code_names),
+            itemgetter(*scale_names),
+        )
         if len(names) == 1:  # itemgetter then gives no tuple
             get_states, get_codes, get_scales = (
                 lambda state, name=name: (state[name],) for name in (names[0], code_names[0], scale_names[0])
@@ -240,7 +244,11 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             state = self.state[p] or self._init_state(group, p)
             quantized = code_names[0] in state
             # Whether the kernel can work on both as they are; everything else goes through _local_lists.
-            plain = (type(p) is torch.nn.Parameter or type(p) is Tensor) and p.is_contiguous() and g.is_contiguous()
+            plain = (
+                (type(p) is torch.nn.Parameter or type(p) is Tensor)
+                and p.is_contiguous()
+                and g.is_contiguous()
+            )
             key = (p.dtype, g.dtype, p.device, quantized, plain)
             if key != previous:
                 batch = batches.get(key)
@@ -394,7 +402,9 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         self, state_dict: dict[str, Any]
     ) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
         """The groups to use from now on, and the saved state of each parameter."""
-        if not isinstance(state_dict.get("state"), dict) or not isinstance(state_dict.get("param_groups"), list):
+        if not isinstance(state_dict.get("state"), dict) or not isinstance(
+            state_dict.get("param_groups"), list
+        ):
             raise self._refuse("a state dict has the keys 'state' and 'param_groups'")
         saved_groups = state_dict["param_groups"]
         sizes = [len(group["params"]) for group in self.param_groups]
@@ -431,7 +441,16 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
 
     def _hyperparameters(self) -> list[str]:
         """Arguments that every state dict of this kind of optimizer has, whoever wrote it."""
-        ours = {"foreach", "fused", "capturable", "differentiable", "maximize", "param_update", "seed", *STORAGE_OPTIONS}
+        ours = {
+            "foreach",
+            "fused",
+            "capturable",
+            "differentiable",
+            "maximize",
+            "param_update",
+            "seed",
+            *STORAGE_OPTIONS,
+        }
         return [name for name in self.defaults if name not in ours]
 
     def _check_state(self, group: dict[str, Any], p: Tensor, identifier: Any, saved: dict[str, Any]) -> None:

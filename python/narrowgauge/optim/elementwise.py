@@ -161,8 +161,8 @@ def declare(
         f"Tensor(d!)[] steps, Tensor? lr_tensor, float lr, {rule.options}, bool maximize, bool stochastic, int seed, "
         "int[] indices, int[] first_elements, Tensor? grad_scale, Tensor? found_inf) -> ()"
     )
-    declared = operator(
-        schema, samples=samples, dtypes=dtypes, tolerance="exact", bytes_moved=_bytes_moved
-    )(_reference(rule))
+    declared = operator(schema, samples=samples, dtypes=dtypes, tolerance="exact", bytes_moved=_bytes_moved)(
+        _reference(rule)
+    )
     torch.library.register_fake(f"narrowgauge::{rule.name}_", lambda *args: None, lib=library._library)
     return declared
