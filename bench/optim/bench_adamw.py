@@ -47,7 +47,7 @@ def adamw_case(
         contest = Contest({OURS: ours.step}, step_traffic(ours))
         contest.add("torch fused", lambda: stock(fused=True))
         contest.add("torch foreach", lambda: stock(foreach=True))
-        if options.get("state_dtype") == "int8":
+        if setting.compile and options.get("state_dtype") == "int8":  # torchao compiles its step
             contest.add("torchao 8-bit", torchao, requires="torchao")
         return contest
 

@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import narrowgauge as ng
-from bench.harness import OURS, Call, Case, Contest, Setting, traffic
+import narrowgauge.nn.functional as ng
+from bench.harness import OURS, Call, Case, Contest, Setting
+from narrowgauge.ops import registry
+from narrowgauge.quant import Linear, Scheme, dequantize, quantize
 
 SHAPE = (4096, 4096)
 EPS = 1e-5
 CODES = {"int8": (torch.int8, 127.0), "e4m3": (torch.float8_e4m3fn, 448.0)}
 
 
-def eager_quantize(x: Tensor, scheme: ng.quant.Scheme) -> tuple[Tensor, Tensor]:
+def eager_quantize(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """The same codes in plain PyTorch."""
     dtype, largest = CODES[scheme.format]
     x = x.float()
@@ -29,73 +31,59 @@ def eager_quantize(x: Tensor, scheme: ng.quant.Scheme) -> tuple[Tensor, Tensor]:
     return scaled.clamp(-largest, largest).to(dtype), scale
 
 
-def eager_dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (codes.float() * scale).to(dtype)
-
-
-def contest_of(
-    ours: Call, eager: Callable[..., Any], *inputs: Any, setting: Setting, outputs: Any
-) -> Contest:
-    """Ours beside one plain function, eager and compiled."""
-    contest = Contest({OURS: ours, "eager": lambda: eager(*inputs)}, traffic(inputs, outputs))
+def contest_of(setting: Setting, ours: Call, eager: Callable[[], Any], bytes_moved: int) -> Contest:
+    """Ours beside plain PyTorch, eager and compiled."""
+    contest = Contest({OURS: ours, "eager": eager}, bytes_moved)
     if setting.compile:
-        compiled = torch.compile(eager, dynamic=False)
-        contest.contestants["compile"] = lambda: compiled(*inputs)
+        contest.contestants["compile"] = torch.compile(eager, dynamic=False)
     return contest
 
 
-def quantize_case(scheme: ng.quant.Scheme, dtype: torch.dtype) -> Case:
+def quantize_case(scheme: Scheme, dtype: torch.dtype) -> Case:
     def build(setting: Setting) -> Contest:
         x = setting.random(*SHAPE, dtype=dtype)
-        outputs = eager_quantize(x, scheme)
         return contest_of(
-            lambda: ng.quant.quantize(x, scheme), eager_quantize, x, scheme, setting=setting, outputs=outputs
+            setting,
+            lambda: quantize(x, scheme),
+            lambda: eager_quantize(x, scheme),
+            registry["quantize"].bytes_moved(x, scheme.format, scheme.granularity),
         )
 
     return Case("quantize", describe(scheme, dtype), build)
 
 
-def dequantize_case(scheme: ng.quant.Scheme, dtype: torch.dtype) -> Case:
+def dequantize_case(scheme: Scheme, dtype: torch.dtype) -> Case:
     def build(setting: Setting) -> Contest:
         x = setting.random(*SHAPE, dtype=dtype)
-        quantized = ng.quant.quantize(x, scheme)
+        quantized = quantize(x, scheme)
         codes, scale = eager_quantize(x, scheme)
         return contest_of(
-            lambda: ng.quant.dequantize(quantized, dtype),
-            eager_dequantize,
-            codes,
-            scale,
-            dtype,
-            setting=setting,
-            outputs=x,
+            setting,
+            lambda: dequantize(quantized, dtype),
+            lambda: (codes.float() * scale).to(dtype),
+            registry["dequantize"].bytes_moved(quantized.codes, quantized.scale, scheme.granularity, dtype),
         )
 
     return Case("dequantize", describe(scheme, dtype), build)
 
 
-def norm_quantize_case(scheme: ng.quant.Scheme, dtype: torch.dtype) -> Case:
-    """One pass beside two: the normalized tensor is never written."""
+def norm_quantize_case(scheme: Scheme, dtype: torch.dtype) -> Case:
+    """One pass beside two: fused, the normalized tensor is never written."""
 
     def build(setting: Setting) -> Contest:
         x, weight = setting.random(*SHAPE, dtype=dtype), setting.random(SHAPE[1], dtype=dtype)
-
-        def eager(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            return eager_quantize(F.rms_norm(x, weight.shape, weight, EPS), scheme)
-
         contest = contest_of(
-            lambda: ng.nn.functional.rms_norm_quantize(x, weight, EPS, scheme),
-            eager,
-            x,
-            weight,
-            setting=setting,
-            outputs=eager(x, weight),
+            setting,
+            lambda: ng.rms_norm_quant(x, weight, EPS, qdtype=scheme.format, granularity=scheme.granularity),
+            lambda: eager_quantize(F.rms_norm(x, weight.shape, weight, EPS), scheme),
+            registry["rms_norm_quant"].bytes_moved(x, weight, None, EPS, 0.0, scheme.format),
         )
-        contest.contestants["narrowgauge unfused"] = lambda: ng.quant.quantize(
-            ng.nn.functional.rms_norm(x, weight.shape, weight, EPS), scheme
+        contest.contestants["narrowgauge unfused"] = lambda: quantize(
+            ng.rms_norm(x, weight.shape, weight, EPS), scheme
         )
         return contest
 
-    return Case("rms_norm_quantize", describe(scheme, dtype), build)
+    return Case("rms_norm_quant", describe(scheme, dtype), build)
 
 
 def linear_case(recipe: str, tokens: int, width: int, dtype: torch.dtype, only_on: str | None = None) -> Case:
@@ -112,7 +100,7 @@ def linear_case(recipe: str, tokens: int, width: int, dtype: torch.dtype, only_o
 
         return Contest(
             {
-                OURS: call(ng.quant.Linear(width, width, bias=False, recipe=recipe)),
+                OURS: call(Linear(width, width, bias=False, recipe=recipe)),
                 "nn.Linear": call(nn.Linear(width, width, bias=False)),
             }
         )
@@ -124,11 +112,11 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def describe(scheme: ng.quant.Scheme, dtype: torch.dtype) -> str:
+def describe(scheme: Scheme, dtype: torch.dtype) -> str:
     return f"{scheme.format} {scheme.granularity} {SHAPE[0]}x{SHAPE[1]} {name_of(dtype)}"
 
 
-SCHEMES = [ng.quant.Scheme(format, granularity) for format in CODES for granularity in ("row", "tensor")]
+SCHEMES = [Scheme(format, granularity) for format in CODES for granularity in ("row", "tensor")]
 ROWS = [scheme for scheme in SCHEMES if scheme.granularity == "row"]
 DTYPES = (torch.float32, torch.bfloat16)
 CASES = [
