@@ -295,7 +295,9 @@ def test_layouts_dtypes_and_gradients() -> None:
         assert_same_bits(q.codes, expected.codes)
         assert not q.scale.requires_grad
     expanded = x[:, :1].expand(6, 10, 8)
-    assert torch.equal(quantize(expanded, scheme).codes.float(), quantize(expanded.clone(), scheme).codes.float())
+    assert torch.equal(
+        quantize(expanded, scheme).codes.float(), quantize(expanded.clone(), scheme).codes.float()
+    )
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         assert_same_bits(dequantize(expected, dtype), dequantize(expected).to(dtype))
     assert dequantize(expected).dtype == torch.float32
@@ -325,9 +327,21 @@ def test_compile_captures_the_whole() -> None:
 X = torch.randn(4, 6)
 INT8 = Scheme("int8")
 BAD_CALLS = {
-    "format": (lambda: Scheme("int7"), ValueError, r"format must be one of 'int8', 'e4m3', 'e5m2'; got 'int7'"),
-    "granularity": (lambda: Scheme("int8", "block"), ValueError, r"granularity must be one of 'tensor', 'row'"),
-    "scale rule": (lambda: Scheme("int8", "row", "delayed"), ValueError, r"scale_rule must be one of 'absmax'"),
+    "format": (
+        lambda: Scheme("int7"),
+        ValueError,
+        r"format must be one of 'int8', 'e4m3', 'e5m2'; got 'int7'",
+    ),
+    "granularity": (
+        lambda: Scheme("int8", "block"),
+        ValueError,
+        r"granularity must be one of 'tensor', 'row'",
+    ),
+    "scale rule": (
+        lambda: Scheme("int8", "row", "delayed"),
+        ValueError,
+        r"scale_rule must be one of 'absmax'",
+    ),
     "not a tensor": (lambda: quantize([1.0], INT8), TypeError, r"x must be a tensor, got list"),
     "integers": (lambda: quantize(X.int(), INT8), TypeError, r"x has dtype torch.int32; expected"),
     "complex": (lambda: quantize(X.cfloat(), INT8), TypeError, r"x has dtype torch.complex64"),
