@@ -6,30 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from tests.backends import all_backends
+from tests.tolerances import assert_near, assert_same_bits, assert_within_one_code
 from torch import Tensor
 
 from narrowgauge.nn.functional import add_rms_norm, rms_norm, rms_norm_quant
 from narrowgauge.norm.rms_norm_quant import add_rms_norm_quant_op, rms_norm_quant_op
 from narrowgauge.quant import Scheme, dequantize, quantize
 from narrowgauge.quant.formats import FORMATS
-from tests.backends import all_backends
-from tests.tolerances import assert_near, assert_same_bits
 
 every_backend = pytest.mark.parametrize("run", all_backends())
 every_format = pytest.mark.parametrize("format", FORMATS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def steps_apart(a: Tensor, b: Tensor) -> int:
-    """By how many codes two tensors differ at most; a float format's codes are counted along its number line."""
-
-    def position(codes: Tensor) -> Tensor:
-        if codes.dtype == torch.int8:
-            return codes.int()
-        bits = codes.view(torch.uint8).int()
-        return torch.where(bits < 128, bits, 128 - bits)
-
-    return int((position(a) - position(b)).abs().max()) if a.numel() else 0
 
 
 @every_backend
@@ -46,7 +34,7 @@ def test_fused_is_the_two_steps_within_a_code(
     y = rms_norm(x, columns, weight, 1e-5, bias=bias, weight_offset=1.0, out_dtype=torch.float32)
     unfused = quantize(y, Scheme(format, "row"))
     assert_near(scale, unfused.scale)
-    assert steps_apart(codes, unfused.codes) <= 1
+    assert_within_one_code(codes, unfused.codes)
     # Away from ties, that is for nearly all elements, the codes are the same.
     assert (codes.float() != unfused.codes.float()).float().mean() < 0.01
 
@@ -63,7 +51,7 @@ def test_residual_is_that_of_the_norm_alone(run: Any, format: str) -> None:
             codes, _, stream = run(add_rms_norm_quant_op, x, residual, weight, None, 1e-6, 0.0, format)
             y, expected = add_rms_norm(x, residual, weight, 1e-6, out_dtype=torch.float32)
             assert_same_bits(stream, expected)
-            assert steps_apart(codes, quantize(y, Scheme(format, "row")).codes) <= 1
+            assert_within_one_code(codes, quantize(y, Scheme(format, "row")).codes)
 
 
 @every_backend

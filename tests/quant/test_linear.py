@@ -19,7 +19,7 @@ every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 
 
 def fake_quantize(x: Tensor, format: str, axis: int) -> Tensor:
-    """Quantized and restored with one scale for all that is summed over along `axis`; written independently."""
+    """Quantized and restored with one scale for all that a sum along `axis` takes; written independently."""
     x = x.detach().float()
     scale = x.abs().amax(axis, keepdim=True) / torch.tensor(127.0 if format == "int8" else 448.0)
     scale = torch.where(scale == 0, 1.0, scale)
@@ -157,7 +157,7 @@ def test_a_value_that_is_not_finite_stays_visible(recipe: str) -> None:
     assert layer(x).isnan().any(1).tolist() == [False, False, True, False, False]
 
 
-# --- the matmuls of the devices --------------------------------------------------------------------------------
+# --- the matmuls of the devices -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (16, 8, 8), (17, 9, 3), (33, 130, 40)])
@@ -219,7 +219,7 @@ def test_quantized_matmul(format: str) -> None:
         quantized_matmul(a, qb)
 
 
-# --- with the rest of PyTorch ----------------------------------------------------------------------------------
+# --- with the rest of PyTorch -------------------------------------------------------------------------------
 
 
 @every_recipe

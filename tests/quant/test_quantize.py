@@ -1,4 +1,4 @@
-"""What is special about quantize and dequantize; what every operator must satisfy is in tests/test_operators.py."""
+"""What is special about quantize and dequantize, beside what test_operators.py asks of every operator."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.backends import all_backends
+from tests.tolerances import assert_same_bits
 from torch import Tensor
 
 from narrowgauge.ops.random import philox_words, uniform
 from narrowgauge.quant import Quantized, Scheme, dequantize, quantize
 from narrowgauge.quant.formats import FORMATS, Float
 from narrowgauge.quant.quantize import quantize_operator
-from tests.backends import all_backends
-from tests.tolerances import assert_same_bits
 
 every_format = pytest.mark.parametrize("format", FORMATS)
 every_backend = pytest.mark.parametrize("run", all_backends())
@@ -142,7 +142,7 @@ def test_rounding_errs_by_half_a_step_at_most(format: str) -> None:
     assert (error <= step / 2 * (1 + 1e-5)).all()
 
 
-# --- stochastic rounding ---------------------------------------------------------------------------------------
+# --- stochastic rounding ------------------------------------------------------------------------------------
 
 
 def philox_4x32_10(counter: list[int], key: list[int]) -> list[int]:
@@ -260,7 +260,7 @@ def test_sources_of_randomness() -> None:
     assert not torch.equal(first, second)
 
 
-# --- the public functions --------------------------------------------------------------------------------------
+# --- the public functions -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -2,13 +2,13 @@
 
     y = rms_norm(x (+ residual)),    scale = max|y| / largest,    code = round(y / scale)
 
-y is not rounded to the dtype of x in between, so a code may differ by one step from that of the two separate calls.
+y is not rounded to the dtype of x in between, so a code may differ by one step from that of the two separate
+calls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -67,8 +67,8 @@ def rms_norm_quant_op(x, weight, bias, eps, weight_offset, format):
 
 
 @operator(
-    "add_rms_norm_quant(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float weight_offset,"
-    " str format) -> (Tensor codes, Tensor scale, Tensor residual_out)",
+    "add_rms_norm_quant(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps,"
+    " float weight_offset, str format) -> (Tensor codes, Tensor scale, Tensor residual_out)",
     samples=_residual_samples,
     dtypes=NARROW,
 )
@@ -88,8 +88,8 @@ def rms_norm_quant(
     residual: Tensor | None = None,
     bias: Tensor | None = None,
     weight_offset: float = 0.0,
-) -> Union[Quantized, tuple[Quantized, Tensor]]:
-    """RMSNorm over the last dimension with a quantized result, in one pass over memory. For inference: no gradient.
+) -> Quantized | tuple[Quantized, Tensor]:
+    """RMSNorm over the last dimension with a quantized result, in one pass over memory; has no gradient.
 
     Args:
         x: Input of shape ``(..., d)``; float32, bfloat16 or float16; any layout.
@@ -102,8 +102,8 @@ def rms_norm_quant(
         weight_offset: Added to the weight; 1 for a zero-centred weight, as in Gemma. Default 0.
 
     Returns:
-        The quantized result, as :func:`narrowgauge.quant.quantize` would give it; with `residual` also the new
-        residual stream.
+        The quantized result, as :func:`narrowgauge.quant.quantize` would give it; with `residual` also the
+        new residual stream.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -123,8 +123,8 @@ def rms_norm_quant(
         for argument, tensor in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
             if tensor is not None and tensor.requires_grad:
                 raise RuntimeError(
-                    f"{name}: {argument} requires grad, but a quantized result has no gradient. Call it under "
-                    "torch.no_grad(), or use rms_norm and quantize its result"
+                    f"{name}: {argument} requires grad, but a quantized result has no gradient. Call it "
+                    "under torch.no_grad(), or use rms_norm and quantize its result"
                 )
     scheme = Scheme(qdtype, granularity)
     x = x.contiguous()

@@ -66,12 +66,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, recipe: str
     Gradients pass the rounding unchanged (straight-through); that of the bias is not quantized.
 
     Args:
-        x: ``(..., in_features)``, any number of leading dimensions and any sizes. The output has its dtype, or the
-            autocast dtype under autocast.
+        x: ``(..., in_features)``, any number of leading dimensions and any sizes. The output has its dtype,
+            or the autocast dtype under autocast.
         weight: ``(out_features, in_features)``, in any floating dtype: it is quantized from what it is.
         bias: ``(out_features,)`` or None.
-        recipe: ``"int8-row"`` or ``"fp8-row"``: int8 or e4m3, one absmax scale per row or column of every operand
-            such that it leaves the sum.
+        recipe: ``"int8-row"`` or ``"fp8-row"``: int8 or e4m3, one absmax scale per row or column of every
+            operand such that it leaves the sum.
     """
     check_choice("linear", "recipe", recipe, RECIPES)
     check_floating("linear", x=x, weight=weight, bias=bias)
@@ -95,8 +95,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, recipe: str
 class Linear(nn.Linear):
     """:class:`torch.nn.Linear` with its three matmuls in low precision.
 
-    Parameters, their dtype, their initialization and the ``state_dict`` are those of ``torch.nn.Linear``; quantized
-    values live only inside a matmul. See :func:`linear` for the arithmetic.
+    Parameters, their dtype, their initialization and the ``state_dict`` are those of ``torch.nn.Linear``;
+    quantized values live only inside a matmul. See :func:`linear` for the arithmetic.
 
     Args:
         in_features: As in ``torch.nn.Linear``.

@@ -2,9 +2,10 @@
 
     (left codes @ right codes.T) * left scale * right scale
 
-A scale belongs to a row, so it leaves the sum: the product itself is one of codes. Tensor cores compute it where the
-device has them for the format; elsewhere a float32 matmul does, which is exact but for its accumulation. (A CPU has
-``torch._int_mm``, but it was 6 to 19 times slower than the float32 matmul on AVX2 with PyTorch 2.13.)
+A scale belongs to a row, so it leaves the sum: the product itself is one of codes. Tensor cores compute it
+where the device has them for the format; elsewhere a float32 matmul does, which is exact but for its
+accumulation. (A CPU has ``torch._int_mm``, but it was 6 to 19 times slower than the float32 matmul on AVX2
+with PyTorch 2.13.)
 """
 
 from __future__ import annotations

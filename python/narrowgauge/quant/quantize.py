@@ -5,8 +5,8 @@ With ``largest`` the format's largest value, for every group (the whole tensor, 
     scale = max|x| / largest               1 where that is 0, NaN where the group holds a NaN or an infinity
     code  = round(x / scale)               0 where the scale is NaN
 
-The arithmetic is float32 and both divisions are true divisions, so every backend gives the same bits. ``round``
-is half-to-even, or stochastic: up with probability equal to the distance from the lower neighbour.
+The arithmetic is float32 and both divisions are true divisions, so every backend gives the same bits.
+``round`` is half-to-even, or stochastic: up with probability equal to the distance from the lower neighbour.
 """
 
 from __future__ import annotations
@@ -184,11 +184,12 @@ def quantize(
         scheme: Format, granularity and scale rule.
         rounding: ``"nearest"`` (half to even) or ``"stochastic"``, whose mean is x.
         rng: Random source of stochastic rounding: an int64 tensor ``[seed, offset]`` on the device of x, an
-            integer seed (offset 0), or a ``torch.Generator`` to draw both from; None draws from PyTorch's default
-            generator. Element i of the flattened x uses word i of Philox-4x32-10 under that seed and offset.
-        noise: float32 in [0, 1) of the shape of x: the draws themselves, instead of `rng`. An integer code goes
-            up when ``noise >= 1 - fraction``; the magnitude of a float code, d of whose mantissa bits are
-            dropped, goes up when ``floor(noise * 2**d)`` is less than these bits.
+            integer seed (offset 0), or a ``torch.Generator`` to draw both from; None draws from PyTorch's
+            default generator. Element i of the flattened x uses word i of Philox-4x32-10 under that seed and
+            offset.
+        noise: float32 in [0, 1) of the shape of x: the draws themselves, instead of `rng`. An integer code
+            goes up when ``noise >= 1 - fraction``; the magnitude of a float code, d of whose mantissa bits
+            are dropped, goes up when ``floor(noise * 2**d)`` is less than these bits.
 
     Example:
         >>> q = quantize(x, Scheme("int8", "row"))

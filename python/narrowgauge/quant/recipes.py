@@ -11,8 +11,8 @@ from narrowgauge.quant.scheme import Scheme
 class Product:
     """Schemes of the two operands of one matmul ``left @ right.T``.
 
-    Both operands stand with the contraction axis last, so ``"row"`` is one scale for all that one entry of the result
-    sums over: the scales can be applied after the product.
+    Both operands stand with the contraction axis last, so ``"row"`` is one scale for all that one entry of
+    the result sums over: the scales can be applied after the product.
     """
 
     left: Scheme
