@@ -15,6 +15,9 @@ def assert_near(actual: Tensor, truth: Tensor, message: str = "") -> None:
     One, because samples are of that size: a result near zero is the difference of terms that are not.
     """
     assert actual.shape == truth.shape, f"{message}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    if actual.dtype.itemsize == 1:
+        assert_within_one_code(actual, truth, message)
+        return
     tolerance = RELATIVE[actual.dtype]
     scale = max(1.0, truth[truth.isfinite()].abs().max().item()) if truth.isfinite().any() else 1.0
     torch.testing.assert_close(
@@ -25,6 +28,19 @@ def assert_near(actual: Tensor, truth: Tensor, message: str = "") -> None:
         equal_nan=True,
         msg=lambda text: f"{message}: {text}",
     )
+
+
+def assert_within_one_code(actual: Tensor, expected: Tensor, message: str = "") -> None:
+    """Codes of a quantizer (int8 or float8) at most one step apart."""
+
+    def ordinal(codes: Tensor) -> Tensor:
+        if codes.dtype == torch.int8:
+            return codes.int()
+        bits = codes.view(torch.uint8).int()
+        return torch.where(bits < 128, bits, 128 - bits)  # sign and magnitude
+
+    distance = (ordinal(actual.cpu()) - ordinal(expected.cpu())).abs()
+    assert distance.numel() == 0 or distance.max() <= 1, f"{message}: codes differ by {distance.max()} steps"
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, message: str = "") -> None:

@@ -33,8 +33,9 @@ inline Shape check_rows(const Tensor& x) {
     NG_CHECK(is_floating(dtype(x)), "x must be float32, bfloat16, float16 or float64, got ", name_of(dtype(x)));
     NG_CHECK(x.dim() >= 1, "x must have at least one dimension");
     NG_CHECK(x.is_contiguous(), "x must be contiguous; call .contiguous() first");
-    const int64_t columns = x.size(x.dim() - 1);
-    return {columns > 0 ? x.numel() / columns : 0, columns};
+    Shape shape{1, x.size(x.dim() - 1)};
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.rows *= x.size(i);
+    return shape;
 }
 
 }  // namespace narrowgauge
