@@ -20,7 +20,11 @@ from narrowgauge.examples.standard_library_text import Batches, standard_library
 
 STOCK, OURS = "PyTorch", "narrowgauge"
 VALIDATION_BATCHES = 16
-TOLERANCE = {"float32": 0.1, "bfloat16": 0.1, "low-precision linear": 0.1}
+# Of the final losses, in nats per byte. One last bit more in every parameter at the start moves the loss of
+# the default 300 float32 steps by 3e-5 at most (two seeds); the tolerances leave room for other machines
+# and longer runs. Quantized layers or states are another training, not another rounding: there the
+# tolerance says "about as good".
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "quantized": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class Options:
 
     @property
     def tolerance(self) -> float:
-        return TOLERANCE["low-precision linear" if self.linear else self.dtype]
+        quantized = self.linear or self.state_dtype != "fp32"
+        return TOLERANCE["quantized" if quantized else self.dtype]
 
 
 class Run:
@@ -78,8 +83,10 @@ class Run:
 
     @torch.no_grad()
     def validate(self, batches: Batches) -> float:
-        losses = [self.model.loss(*(tensor.to(self.device) for tensor in pair)).item() for pair in batches]
-        return sum(losses) / len(losses)
+        total = 0.0
+        for index in range(len(batches)):
+            total += self.model.loss(*(tensor.to(self.device) for tensor in batches[index])).item()
+        return total / len(batches)
 
     def parameter_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.model.parameters())

@@ -60,8 +60,8 @@ def plot_speedups(result: dict[str, Any], path: Path) -> None:
             [spread["median"] - spread["p20"] for _, spread in rows],
             [spread["p80"] - spread["median"] for _, spread in rows],
         ]
-        style = {"xerr": reach, "error_kw": {"linewidth": 0.8}, "label": f"against {rival}"}
-        axes.barh(places, beyond, thickness, left=1.0, **style)
+        label, thin = f"against {rival}", {"linewidth": 0.8}
+        axes.barh(places, beyond, thickness, left=1.0, xerr=reach, error_kw=thin, label=label)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
