@@ -17,7 +17,8 @@ void chunks(const ElementwiseArgs<AdamWOptions>& args, const void* tensors, int6
 
 }  // namespace
 
-void adamw_chunks(const ElementwiseArgs<AdamWOptions>& args, const void* tensors, int64_t begin, int64_t end) {
+void adamw_chunks(const ElementwiseArgs<AdamWOptions>& args, const void* tensors, int64_t begin,
+                  int64_t end) {
     args.options.amsgrad ? chunks<AdamW<true>>(args, tensors, begin, end)
                          : chunks<AdamW<false>>(args, tensors, begin, end);
 }

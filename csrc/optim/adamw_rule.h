@@ -1,4 +1,5 @@
-// AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019), in the order of torch.optim.AdamW.
+// AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019), in the order of
+// torch.optim.AdamW.
 #pragma once
 
 #include "optim/rule.h"
@@ -43,7 +44,8 @@ struct AdamW {
     static NG_HOST_DEVICE void update(T& p, T g, T* state, const Scalars<T>& k) {
         const T difference = g - state[0];
         // Two forms of the same interpolation: each is exact at its end, beta1 = 1 and beta1 = 0.
-        const T m = k.first_weight < T(0.5) ? state[0] + k.first_weight * difference : g - k.first_keep * difference;
+        const T m =
+            k.first_weight < T(0.5) ? state[0] + k.first_weight * difference : g - k.first_keep * difference;
         const T v = state[1] * k.second_keep + k.second_weight * g * g;
         T largest = v;
         if constexpr (Amsgrad) {

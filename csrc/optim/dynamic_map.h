@@ -1,10 +1,10 @@
-// The dynamic 8-bit maps of blockwise optimizer states (Dettmers et al., "8-bit Optimizers via Block-wise Quantization",
-// ICLR 2022), and a table that finds the nearest entry in one look.
+// The dynamic 8-bit maps of blockwise optimizer states (Dettmers et al., "8-bit Optimizers via Block-wise
+// Quantization", ICLR 2022), and a table that finds the nearest entry in one look.
 //
-// A map has 256 sorted values: per decade twice as many as in the decade below, plus 0 and 1. The lookup table is
-// indexed by the leading bits of the float to encode. Its buckets are so narrow that at most one midpoint between
-// neighbouring values lies in each, so an entry packs the code at the bucket's lower end (high 8 bits) and where in the
-// bucket the next code begins (low 24 bits).
+// A map has 256 sorted values: per decade twice as many as in the decade below, plus 0 and 1. The lookup
+// table is indexed by the leading bits of the float to encode. Its buckets are so narrow that at most one
+// midpoint between neighbouring values lies in each, so an entry packs the code at the bucket's lower end
+// (high 8 bits) and where in the bucket the next code begins (low 24 bits).
 #pragma once
 
 #include <cstdint>
@@ -15,15 +15,37 @@ NG_NAMESPACE_BEGIN
 
 template <bool Signed>
 struct DynamicMap {
-    static constexpr int low_bits = Signed ? 17 : 16;              // of a float that the index leaves out
+    static constexpr int low_bits = Signed ? 17 : 16;  // of a float that the index leaves out
     static constexpr uint32_t low_mask = (1u << low_bits) - 1;
-    static constexpr uint32_t first = (127u - 23u) << 23;           // 2^-23, below the smallest midpoint
-    static constexpr uint32_t last = 127u << 23;                    // 1
+    static constexpr uint32_t first = (127u - 23u) << 23;  // 2^-23, below the smallest midpoint
+    static constexpr uint32_t last = 127u << 23;           // 1
     static constexpr uint32_t half = ((last - first) >> low_bits) + 1;
-    static constexpr int buckets = static_cast<int>(Signed ? 2 * half : half);  // negative numbers come second
+    static constexpr int buckets =
+        static_cast<int>(Signed ? 2 * half : half);  // negative numbers come second
 
     float values[256];
     uint32_t lookup[buckets];
+
+    // Where a number lies in the table, and where in its bucket.
+    struct Place {
+        uint32_t bucket, low;
+    };
+
+    static NG_HOST_DEVICE Place place(float x) {
+        const uint32_t bits = bit_cast<uint32_t>(x);
+        int32_t clamped = static_cast<int32_t>(bits & 0x7fffffffu);
+        clamped = clamped < static_cast<int32_t>(first) ? static_cast<int32_t>(first) : clamped;
+        clamped = clamped > static_cast<int32_t>(last) ? static_cast<int32_t>(last) : clamped;
+        const uint32_t magnitude = static_cast<uint32_t>(clamped);
+        const uint32_t negative = Signed ? 0u - (bits >> 31) : 0u;
+        return {((magnitude - first) >> low_bits) + (negative & half), (magnitude ^ negative) & low_mask};
+    }
+
+    static NG_HOST_DEVICE uint32_t code(uint32_t entry, uint32_t low) {
+        const auto threshold =
+            static_cast<int32_t>(entry & 0xffffffu);  // signed comparisons are the cheap ones
+        return (entry >> 24) + (static_cast<int32_t>(low) >= threshold ? 1u : 0u);
+    }
 };
 
 // The bits of x in [2^-126, 2); the mantissa is rounded down, or up.
@@ -65,7 +87,10 @@ constexpr DynamicMap<Signed> make_dynamic_map() {
     code = zero;
     for (uint32_t bucket = 0; bucket < map.half; ++bucket) {
         const uint32_t begin = map.first + (bucket << map.low_bits);
-        while (code < 255 && (next = float_bits((static_cast<double>(map.values[code]) + map.values[code + 1]) / 2, true)) <= begin) ++code;
+        while (code < 255 &&
+               (next = float_bits((static_cast<double>(map.values[code]) + map.values[code + 1]) / 2,
+                                  true)) <= begin)
+            ++code;
         const bool crossed = code < 255 && next - begin <= map.low_mask;
         map.lookup[bucket] = static_cast<uint32_t>(code) << 24 | (crossed ? next - begin : map.low_mask + 1);
     }
@@ -76,12 +101,15 @@ constexpr DynamicMap<Signed> make_dynamic_map() {
             const uint32_t end = map.first + ((bucket + 1) << map.low_bits) - 1;
             uint32_t edge = 0;
             bool crossed = false;
-            while (code > 0 && (edge = float_bits(-(static_cast<double>(map.values[code]) + map.values[code - 1]) / 2, false)) < end) {
+            while (code > 0 &&
+                   (edge = float_bits(-(static_cast<double>(map.values[code]) + map.values[code - 1]) / 2,
+                                      false)) < end) {
                 crossed = true;
                 next = edge;
                 --code;
             }
-            map.lookup[map.half + bucket] = static_cast<uint32_t>(code) << 24 | (crossed ? end - next : map.low_mask + 1);
+            map.lookup[map.half + bucket] =
+                static_cast<uint32_t>(code) << 24 | (crossed ? end - next : map.low_mask + 1);
         }
     }
     return map;
@@ -90,15 +118,8 @@ constexpr DynamicMap<Signed> make_dynamic_map() {
 // The code of the map's entry nearest to x in [-1, 1], the upper one when two are equally near.
 template <bool Signed, class Lookup>
 NG_HOST_DEVICE uint32_t encode(const Lookup& lookup, float x) {
-    using Map = DynamicMap<Signed>;
-    const uint32_t bits = bit_cast<uint32_t>(x);
-    uint32_t magnitude = bits & 0x7fffffffu;
-    magnitude = magnitude < Map::first ? Map::first : magnitude;
-    magnitude = magnitude > Map::last ? Map::last : magnitude;
-    const uint32_t negative = Signed ? 0u - (bits >> 31) : 0u;
-    const uint32_t low = (magnitude ^ negative) & Map::low_mask;
-    const uint32_t entry = lookup[((magnitude - Map::first) >> Map::low_bits) + (negative & Map::half)];
-    return (entry >> 24) + (low >= (entry & 0xffffffu) ? 1u : 0u);
+    const auto place = DynamicMap<Signed>::place(x);
+    return DynamicMap<Signed>::code(lookup[place.bucket], place.low);
 }
 
 NG_NAMESPACE_END

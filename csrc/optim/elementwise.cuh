@@ -1,7 +1,8 @@
 // The CUDA skeleton of elementwise optimizers. A rule's .cu file instantiates `launch_elementwise`.
 //
-// A persistent grid walks the chunks of all parameters of a launch. Each thread works on `Width` consecutive elements at
-// a time, moved 16 bytes per access where the addresses allow; with 8-bit states a warp works on one block of 256.
+// A persistent grid walks the chunks of all parameters of a launch. Each thread works on `Width` consecutive
+// elements at a time, moved 16 bytes per access where the addresses allow; with 8-bit states a warp works on
+// one block of 256.
 #pragma once
 
 #include <type_traits>
@@ -30,7 +31,8 @@ constexpr int taken(int count) {
     return (count * static_cast<int>(sizeof(T)) + 15) / 16 * 16;
 }
 
-// Both maps in shared memory, where lanes can look up different entries at once; nothing when states are not codes.
+// Both maps in shared memory, where lanes can look up different entries at once; nothing when states are not
+// codes.
 template <bool Quantized>
 struct SharedMaps {
     static constexpr int bytes = 0;
@@ -53,7 +55,8 @@ struct SharedMaps<true> {
 
     __device__ void fill() {
         for (int i = threadIdx.x; i < 256; i += blockDim.x) signed_values[i] = device_map_signed.values[i];
-        for (int i = threadIdx.x; i < 256; i += blockDim.x) unsigned_values[i] = device_map_unsigned.values[i];
+        for (int i = threadIdx.x; i < 256; i += blockDim.x)
+            unsigned_values[i] = device_map_unsigned.values[i];
         for (int i = threadIdx.x; i < DynamicMap<true>::buckets; i += blockDim.x) {
             signed_lookup[i] = device_map_signed.lookup[i];
         }
@@ -65,7 +68,8 @@ struct SharedMaps<true> {
 
 // Elements [i, i + n) as the type of computation; `whole` when all N are there and aligned.
 template <int N, class From, class T>
-__device__ __forceinline__ void load_elements(Global<const From> from, int64_t i, int n, bool whole, T (&to)[N]) {
+__device__ __forceinline__ void load_elements(Global<const From> from, int64_t i, int n, bool whole,
+                                              T (&to)[N]) {
     if (whole) {
         const Vec<From, N> vector = load<N>(from, i);
 #pragma unroll
@@ -77,7 +81,8 @@ __device__ __forceinline__ void load_elements(Global<const From> from, int64_t i
 }
 
 template <int N, class To, class T>
-__device__ __forceinline__ void store_elements(Global<To> to, int64_t i, int n, bool whole, const T (&from)[N]) {
+__device__ __forceinline__ void store_elements(Global<To> to, int64_t i, int n, bool whole,
+                                               const T (&from)[N]) {
     if (whole) {
         Vec<To, N> vector;
 #pragma unroll
@@ -98,15 +103,16 @@ __device__ __forceinline__ void round_stochastic(float (&values)[N], const Philo
     for (int j = 0; j < N; ++j) {
         const uint64_t element = first + j;
         if (j == 0 || element % 4 == 0) words = random.group(element / 4);
-        const uint32_t even = element & 2 ? words.word[2] : words.word[0], odd = element & 2 ? words.word[3] : words.word[1];
+        const uint32_t even = element & 2 ? words.word[2] : words.word[0],
+                       odd = element & 2 ? words.word[3] : words.word[1];
         values[j] = to_float(stochastic_bf16(values[j], element & 1 ? odd : even));
     }
 }
 
 // One 8-bit state of the warp's block of 256 elements, 8 per lane.
 template <bool Signed>
-__device__ __forceinline__ void decode_states(const SharedMaps<true>& maps, Global<const uint8_t> codes, float scale,
-                                              int64_t i, int n, bool whole, float (&values)[8]) {
+__device__ __forceinline__ void decode_states(const SharedMaps<true>& maps, Global<const uint8_t> codes,
+                                              float scale, int64_t i, int n, bool whole, float (&values)[8]) {
     const Shared<float> map = Signed ? maps.signed_values : maps.unsigned_values;
     Vec<uint8_t, 8> code{};
     if (whole) {
@@ -123,8 +129,8 @@ __device__ __forceinline__ void decode_states(const SharedMaps<true>& maps, Glob
 
 // Returns the block's scale: NaN when it holds a value that is not finite.
 template <bool Signed>
-__device__ __forceinline__ float encode_states(const SharedMaps<true>& maps, Global<uint8_t> codes, int64_t i, int n,
-                                               bool whole, const float (&values)[8]) {
+__device__ __forceinline__ float encode_states(const SharedMaps<true>& maps, Global<uint8_t> codes, int64_t i,
+                                               int n, bool whole, const float (&values)[8]) {
     const Shared<uint32_t> lookup = Signed ? maps.signed_lookup : maps.unsigned_lookup;
     int largest = 0;  // magnitudes compare as integers, and NaN is the largest of all
 #pragma unroll
@@ -132,7 +138,8 @@ __device__ __forceinline__ float encode_states(const SharedMaps<true>& maps, Glo
         if (j < n) largest = max(largest, __float_as_int(values[j]) & 0x7fffffff);
     }
 #pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+    for (int lanes = 16; lanes > 0; lanes /= 2)
+        largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
     const bool finite = largest < 0x7f800000;
     const float scale = __int_as_float(finite ? largest : 0x7fc00000);
     const float divisor = scale > 1e-12f ? scale : 1e-12f;
@@ -154,7 +161,8 @@ __device__ __forceinline__ float encode_states(const SharedMaps<true>& maps, Glo
 
 // The gradient may be narrower or wider than its parameter.
 template <class Param, int N, class T>
-__device__ __forceinline__ void load_grad(DType type, const void* grad, int64_t i, int n, bool whole, T (&to)[N]) {
+__device__ __forceinline__ void load_grad(DType type, const void* grad, int64_t i, int n, bool whole,
+                                          T (&to)[N]) {
     if constexpr (std::is_same_v<T, double>) {
         load_elements<N>(global<const double>(grad, "grad"), i, n, whole, to);
     } else if (type == DType::float32) {
@@ -167,7 +175,9 @@ __device__ __forceinline__ void load_grad(DType type, const void* grad, int64_t 
 }
 
 template <class Param, bool Quantized>
-constexpr int elementwise_width = std::is_same_v<Param, double> ? 2 : sizeof(Param) == 4 && !Quantized ? 4 : 8;
+constexpr int elementwise_width = std::is_same_v<Param, double>      ? 2
+                                  : sizeof(Param) == 4 && !Quantized ? 4
+                                                                     : 8;
 // Blocks per multiprocessor: what 64 registers a thread allow, fewer where a thread holds more.
 template <int States, bool Quantized>
 constexpr int elementwise_occupancy = Quantized || States > 2 ? 3 : 4;
@@ -190,7 +200,8 @@ __global__ void __launch_bounds__(elementwise_threads, elementwise_occupancy<Rul
     int current = -1;
     Scalars scalars{};
     for (int64_t chunk = blockIdx.x; chunk < args.chunks; chunk += gridDim.x) {
-        int first = 0, last = static_cast<int>(args.count) - 1;  // narrowed to the first one that ends beyond the chunk
+        int first = 0,
+            last = static_cast<int>(args.count) - 1;  // narrowed to the first one that ends beyond the chunk
         while (first < last) {
             const int middle = (first + last) / 2;
             if (launch.tensors[middle].last_chunk > chunk) {
@@ -200,14 +211,17 @@ __global__ void __launch_bounds__(elementwise_threads, elementwise_occupancy<Rul
             }
         }
         const ElementwiseTensor<Rule::states>& tensor = launch.tensors[first];
-        const auto step = static_cast<uint32_t>(static_cast<float>(global<const float>(tensor.step, "step")[0]));
+        const auto step =
+            static_cast<uint32_t>(static_cast<float>(global<const float>(tensor.step, "step")[0]));
         if (first != current) {
             current = first;
             __syncthreads();  // every thread has read those of the parameter before
             if (threadIdx.x == 0) {
                 double lr = args.lr;
-                if (args.lr_tensor && args.lr_type == DType::float64) lr = global<const double>(args.lr_tensor, "lr")[0];
-                if (args.lr_tensor && args.lr_type == DType::float32) lr = global<const float>(args.lr_tensor, "lr")[0];
+                if (args.lr_tensor && args.lr_type == DType::float64)
+                    lr = global<const double>(args.lr_tensor, "lr")[0];
+                if (args.lr_tensor && args.lr_type == DType::float32)
+                    lr = global<const float>(args.lr_tensor, "lr")[0];
                 shared_scalars[0] = Rule::template scalars<T>(args.options, lr, step);
             }
             __syncthreads();
@@ -215,7 +229,8 @@ __global__ void __launch_bounds__(elementwise_threads, elementwise_occupancy<Rul
         }
 
         const auto param = global<Param>(tensor.param, "param");
-        uintptr_t addresses = reinterpret_cast<uintptr_t>(tensor.param) | reinterpret_cast<uintptr_t>(tensor.grad);
+        uintptr_t addresses =
+            reinterpret_cast<uintptr_t>(tensor.param) | reinterpret_cast<uintptr_t>(tensor.grad);
         for (int k = 0; k < Rule::states; ++k) addresses |= reinterpret_cast<uintptr_t>(tensor.states[k]);
         const bool aligned = addresses % (width * sizeof(T)) == 0;
         const int64_t chunks = (tensor.numel + cuda_chunk - 1) / cuda_chunk;
@@ -233,7 +248,8 @@ __global__ void __launch_bounds__(elementwise_threads, elementwise_occupancy<Rul
             for (int k = 0; k < Rule::states; ++k) {
                 if constexpr (Quantized) {
                     const auto codes = global<const uint8_t>(tensor.states[k], "codes");
-                    const float scale = n > 0 ? global<const float>(tensor.scales[k], "scale")[i / state_block] : 0.0f;
+                    const float scale =
+                        n > 0 ? global<const float>(tensor.scales[k], "scale")[i / state_block] : 0.0f;
                     Rule::is_signed(k) ? decode_states<true>(maps, codes, scale, i, n, whole, states[k])
                                        : decode_states<false>(maps, codes, scale, i, n, whole, states[k]);
                 } else {
@@ -257,15 +273,19 @@ __global__ void __launch_bounds__(elementwise_threads, elementwise_occupancy<Rul
             for (int k = 0; k < Rule::states; ++k) {
                 if constexpr (Quantized) {
                     const auto codes = global<uint8_t>(tensor.states[k], "codes");
-                    const float scale = Rule::is_signed(k) ? encode_states<true>(maps, codes, i, n, whole, states[k])
-                                                           : encode_states<false>(maps, codes, i, n, whole, states[k]);
-                    if (threadIdx.x % 32 == 0 && n > 0) global<float>(tensor.scales[k], "scale")[i / state_block] = scale;
+                    const float scale = Rule::is_signed(k)
+                                            ? encode_states<true>(maps, codes, i, n, whole, states[k])
+                                            : encode_states<false>(maps, codes, i, n, whole, states[k]);
+                    if (threadIdx.x % 32 == 0 && n > 0)
+                        global<float>(tensor.scales[k], "scale")[i / state_block] = scale;
                 } else {
                     store_elements<width>(global<T>(tensor.states[k], "state"), i, n, whole, states[k]);
                 }
             }
             if constexpr (std::is_same_v<Param, bf16>) {
-                if (args.stochastic) round_stochastic(p, Philox{tensor.seed, step}, static_cast<uint64_t>(tensor.first_element + i));
+                if (args.stochastic)
+                    round_stochastic(p, Philox{tensor.seed, step},
+                                     static_cast<uint64_t>(tensor.first_element + i));
             }
             store_elements<width>(param, i, n, whole, p);
         }
@@ -288,7 +308,8 @@ void launch_update(const ElementwiseLaunch<Rule::states, Options>& launch_args, 
     using Scalars = typename Rule::template Scalars<compute_t<Param>>;
     const int64_t resident = int64_t{multiprocessor_count()} * elementwise_occupancy<Rule::states, Quantized>;
     LaunchConfig config{};
-    config.grid = dim3(static_cast<unsigned>(launch_args.args.chunks < resident ? launch_args.args.chunks : resident));
+    config.grid =
+        dim3(static_cast<unsigned>(launch_args.args.chunks < resident ? launch_args.args.chunks : resident));
     config.block = dim3(elementwise_threads);
     config.shared_bytes = taken<Scalars>(1) + SharedMaps<Quantized>::bytes;
     config.stream = stream;
@@ -306,7 +327,8 @@ void launch_elementwise(const ElementwiseLaunch<Rule::states, Options>& launch_a
 
     const bool quantized = launch_args.args.quantized;
     switch (launch_args.args.param_type) {
-        case DType::float64: return launch_update<Rule, double, false>(launch_args, stream);
+        case DType::float64:
+            return launch_update<Rule, double, false>(launch_args, stream);
         case DType::bfloat16:
             return quantized ? launch_update<Rule, bf16, true>(launch_args, stream)
                              : launch_update<Rule, bf16, false>(launch_args, stream);

@@ -1,4 +1,5 @@
-// What the elementwise optimizer skeletons take: plain data, shared by bindings, CPU kernels and CUDA kernels.
+// What the elementwise optimizer skeletons take: plain data, shared by bindings, CPU kernels and CUDA
+// kernels.
 #pragma once
 
 #include "common/dtype.h"
@@ -38,7 +39,8 @@ struct ElementwiseArgs {
     int64_t count, chunks;
 };
 
-// What one CUDA launch takes as its parameters, which hold 32,764 bytes (sm_70 and newer, CUDA 12.1 and newer).
+// What one CUDA launch takes as its parameters, which hold 32,764 bytes (sm_70 and newer, CUDA 12.1 and
+// newer).
 template <int States, class Options>
 struct ElementwiseLaunch {
     static constexpr int capacity =

@@ -2,9 +2,10 @@
 //
 // Every operator has the schema
 //     (Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] scales, Tensor(d!)[] steps,
-//      Tensor? lr_tensor, float lr, <the rule's options>, bool maximize, bool stochastic, int seed, int[] indices,
-//      int[] first_elements, Tensor? grad_scale, Tensor? found_inf) -> ()
-// States follow each other parameter by parameter; scales, one per state, are there when the states are 8-bit codes.
+//      Tensor? lr_tensor, float lr, <the rule's options>, bool maximize, bool stochastic, int seed, int[]
+//      indices, int[] first_elements, Tensor? grad_scale, Tensor? found_inf) -> ()
+// States follow each other parameter by parameter; scales, one per state, are there when the states are 8-bit
+// codes.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +26,8 @@ struct ElementwiseLists {
     const std::optional<Tensor>&grad_scale, &found_inf;
 };
 
-// splitmix64's finaliser (Steele, Lea and Flood, OOPSLA 2014): streams of neighbouring parameters have nothing in common.
+// splitmix64's finaliser (Steele, Lea and Flood, OOPSLA 2014): streams of neighbouring parameters have
+// nothing in common.
 inline uint64_t stream_seed(int64_t seed, int64_t index) {
     uint64_t z = static_cast<uint64_t>(seed) + (static_cast<uint64_t>(index) + 1) * 0x9E3779B97F4A7C15u;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -69,7 +71,8 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
            ((a.is_contiguous() && b.is_contiguous()) || same_strides(a, b));
 }
 
-inline void check_scalar(const std::optional<Tensor>& scalar, const Tensor& first, const char* name, bool allow_float64) {
+inline void check_scalar(const std::optional<Tensor>& scalar, const Tensor& first, const char* name,
+                         bool allow_float64) {
     if (!scalar) return;
     NG_CHECK(scalar->numel() == 1, name, " must have one element");
     NG_CHECK(dtype(*scalar) == DType::float32 || (allow_float64 && dtype(*scalar) == DType::float64), name,
@@ -82,9 +85,11 @@ template <int States, class Options>
 std::vector<ElementwiseTensor<States>> collect(const ElementwiseLists& lists, int64_t chunk,
                                                ElementwiseArgs<Options>& args) {
     const size_t count = lists.params.size();
-    NG_CHECK(lists.grads.size() == count && lists.steps.size() == count, "params, grads and steps must be equally long");
+    NG_CHECK(lists.grads.size() == count && lists.steps.size() == count,
+             "params, grads and steps must be equally long");
     NG_CHECK(lists.states.size() == count * States, "states must hold ", States, " tensors per parameter");
-    NG_CHECK(lists.scales.empty() || lists.scales.size() == lists.states.size(), "scales must be empty or as long as states");
+    NG_CHECK(lists.scales.empty() || lists.scales.size() == lists.states.size(),
+             "scales must be empty or as long as states");
     const Tensor& first = lists.params[0];
     args.lr = lists.lr;
     args.lr_tensor = data(lists.lr_tensor);
@@ -103,8 +108,8 @@ std::vector<ElementwiseTensor<States>> collect(const ElementwiseLists& lists, in
                  (!wide && (args.grad_type == DType::float32 || args.grad_type == DType::bfloat16)),
              "grads must have the dtype of params, float32 or bfloat16, got ", name_of(args.grad_type));
     NG_CHECK(!(wide && args.quantized), "float64 params need float64 states");
-    NG_CHECK(!lists.stochastic || args.param_type == DType::bfloat16, "stochastic rounding is for bfloat16 params, got ",
-             name_of(args.param_type));
+    NG_CHECK(!lists.stochastic || args.param_type == DType::bfloat16,
+             "stochastic rounding is for bfloat16 params, got ", name_of(args.param_type));
     NG_CHECK(!lists.stochastic || (lists.indices.size() == count && lists.first_elements.size() == count),
              "stochastic rounding needs one index and one first element per parameter");
     const DType state_type = args.quantized ? DType::uint8 : wide ? DType::float64 : DType::float32;
@@ -116,9 +121,11 @@ std::vector<ElementwiseTensor<States>> collect(const ElementwiseLists& lists, in
     for (size_t i = 0; i < count; ++i) {
         const Tensor &param = lists.params[i], &grad = lists.grads[i], &step = lists.steps[i];
         auto& tensor = tensors[i];
-        NG_CHECK(dtype(param) == args.param_type && same_device(param, first), "params differ in dtype or device");
+        NG_CHECK(dtype(param) == args.param_type && same_device(param, first),
+                 "params differ in dtype or device");
         NG_CHECK(is_dense(param), "params[", i, "] has gaps or overlaps in memory");
-        NG_CHECK(dtype(grad) == args.grad_type && same_device(grad, first), "grads[", i, "] differs in dtype or device");
+        NG_CHECK(dtype(grad) == args.grad_type && same_device(grad, first), "grads[", i,
+                 "] differs in dtype or device");
         NG_CHECK(same_layout(grad, param), "grads[", i, "] must be laid out like its parameter");
         NG_CHECK(dtype(step) == DType::float32 && step.numel() == 1 && same_device(step, first), "steps[", i,
                  "] must be one float32 number on the device of the parameters");
@@ -128,8 +135,9 @@ std::vector<ElementwiseTensor<States>> collect(const ElementwiseLists& lists, in
         tensor.numel = param.numel();
         for (size_t k = 0; k < States; ++k) {
             const Tensor& state = lists.states[i * States + k];
-            NG_CHECK(dtype(state) == state_type && same_device(state, first), "states[", i * States + k, "] must be ",
-                     name_of(state_type), " on the device of the parameters, got ", name_of(dtype(state)));
+            NG_CHECK(dtype(state) == state_type && same_device(state, first), "states[", i * States + k,
+                     "] must be ", name_of(state_type), " on the device of the parameters, got ",
+                     name_of(dtype(state)));
             NG_CHECK(same_layout(state, param), "states[", i * States + k,
                      "] must be laid out like its parameter");
             tensor.states[k] = data(state);
@@ -165,7 +173,8 @@ void run_elementwise(const ElementwiseLists& lists, const Options& options, Kern
     int64_t elements = 1;
     for (const auto& tensor : tensors) elements += tensor.numel;
     const int64_t grain = std::max<int64_t>(1, args.chunks * 32768 / elements);  // worth waking a thread
-    parallel_for(0, args.chunks, grain, [&](int64_t begin, int64_t end) { kernel(args, tensors.data(), begin, end); });
+    parallel_for(0, args.chunks, grain,
+                 [&](int64_t begin, int64_t end) { kernel(args, tensors.data(), begin, end); });
 }
 
 #else

@@ -1,7 +1,7 @@
 // The CPU skeleton of elementwise optimizers. A rule's *_cpu.cpp file instantiates `update_chunks`.
 //
-// Work goes in blocks of 256 elements: whatever is not already stored as the rule computes it is widened into a buffer
-// in the first-level cache, the rule runs over plain arrays, and results are narrowed back.
+// Work goes in blocks of 256 elements: whatever is not already stored as the rule computes it is widened into
+// a buffer in the first-level cache, the rule runs over plain arrays, and results are narrowed back.
 #pragma once
 
 #include <algorithm>
@@ -9,11 +9,12 @@
 #include <utility>
 
 #include "common/philox.h"
+#include "common/simd.h"
 #include "optim/dynamic_map.h"
 #include "optim/elementwise.h"
 
-// Lets the compiler vectorise a loop whose iterations touch different elements. Not `omp simd`: under that, GCC 12 gives
-// up on loops with a small array of their own.
+// Lets the compiler vectorise a loop whose iterations touch different elements. Not `omp simd`: under that,
+// GCC 12 gives up on loops with a small array of their own.
 #if defined(__clang__)
 #define NG_INDEPENDENT_ITERATIONS _Pragma("clang loop vectorize(assume_safety)")
 #else
@@ -57,7 +58,7 @@ inline void narrow_stochastic(const float* from, int n, const Philox& random, ui
     constexpr int groups = state_block / 4 + 1;
     uint32_t words[4][groups];
     const uint64_t first_group = first / 4;
-#pragma omp simd
+    NG_INDEPENDENT_ITERATIONS
     for (int i = 0; i < groups; ++i) {
         const Philox::Words group = random.group(first_group + static_cast<uint64_t>(i));
         for (int j = 0; j < 4; ++j) words[j][i] = group.word[j];
@@ -68,10 +69,46 @@ inline void narrow_stochastic(const float* from, int n, const Philox& random, ui
     }
 }
 
+// Table look-ups are written out for eight elements: compilers make worse of a loop, and the gather
+// instruction is slow.
+inline U32x8 look_up(const uint32_t* table, const uint32_t* index) {
+    return U32x8{table[index[0]], table[index[1]], table[index[2]], table[index[3]],
+                 table[index[4]], table[index[5]], table[index[6]], table[index[7]]};
+}
+
 template <bool Signed>
 void decode_block(const uint8_t* codes, float scale, int n, float* values) {
+    const float* map = dynamic_map<Signed>.values;
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {
+        uint64_t w;
+        memcpy(&w, codes + i, sizeof(w));
+        const F32x8 entries{map[w & 255],       map[w >> 8 & 255],  map[w >> 16 & 255], map[w >> 24 & 255],
+                            map[w >> 32 & 255], map[w >> 40 & 255], map[w >> 48 & 255], map[w >> 56]};
+        store_pack(values + i, entries * scale);
+    }
+    for (; i < n; ++i) values[i] = map[codes[i]] * scale;
+}
+
+template <bool Signed>
+void encode_finite(const float* values, float divisor, int n, uint8_t* codes) {
+    using Map = DynamicMap<Signed>;
+    alignas(32) uint32_t index[state_block], low[state_block], entries[state_block];
 #pragma omp simd
-    for (int i = 0; i < n; ++i) values[i] = dynamic_map<Signed>.values[codes[i]] * scale;
+    for (int i = 0; i < n; ++i) {
+        const typename Map::Place place = Map::place(values[i] / divisor);
+        index[i] = place.bucket;
+        low[i] = place.low;
+    }
+    for (int i = n; i % 8 != 0; ++i) index[i] = 0;
+    for (int i = 0; i < n; i += 8) {
+        const U32x8 found = look_up(dynamic_map<Signed>.lookup, index + i);
+        memcpy(entries + i, &found, sizeof(found));
+    }
+#pragma omp simd
+    for (int i = 0; i < n; ++i) entries[i] = Map::code(entries[i], low[i]);
+#pragma omp simd
+    for (int i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(entries[i]);
 }
 
 // Returns the block's scale: NaN when it holds a value that is not finite.
@@ -88,18 +125,15 @@ float encode_block(const float* values, int n, uint8_t* codes) {
         return bit_cast<float>(0x7fc00000u);
     }
     const float scale = bit_cast<float>(largest), divisor = scale > 1e-12f ? scale : 1e-12f;
-#pragma omp simd
-    for (int i = 0; i < n; ++i) {
-        codes[i] = static_cast<uint8_t>(encode<Signed>(dynamic_map<Signed>.lookup, values[i] / divisor));
-    }
+    encode_finite<Signed>(values, divisor, n, codes);
     return scale;
 }
 
 }  // namespace staging
 
 template <class Rule, class T, size_t... State>
-void apply_rule(T* p, const T* g, T* const* states, int n, T direction, const typename Rule::template Scalars<T>& scalars,
-                std::index_sequence<State...>) {
+void apply_rule(T* p, const T* g, T* const* states, int n, T direction,
+                const typename Rule::template Scalars<T>& scalars, std::index_sequence<State...>) {
     const typename Rule::template Scalars<T> k = scalars;
     T* const pointers[] = {states[State]...};
     NG_INDEPENDENT_ITERATIONS
@@ -116,7 +150,8 @@ void update_range(const ElementwiseArgs<Options>& args, const ElementwiseTensor<
                   const typename Rule::template Scalars<T>& scalars, int64_t begin, int64_t end) {
     constexpr DType native = std::is_same_v<T, double> ? DType::float64 : DType::float32;
     constexpr bool may_quantize = native == DType::float32;
-    alignas(64) T param_buffer[state_block], grad_buffer[state_block], state_buffers[Rule::states][state_block];
+    alignas(64) T param_buffer[state_block], grad_buffer[state_block],
+        state_buffers[Rule::states][state_block];
 
     for (int64_t i = begin; i < end; i += state_block) {
         const int n = static_cast<int>(std::min<int64_t>(state_block, end - i));
@@ -175,16 +210,16 @@ void update_range(const ElementwiseArgs<Options>& args, const ElementwiseTensor<
 
 // Chunks [begin, end) of the list of parameters, whose steps are already counted up.
 template <class Rule, class T, class Options>
-void update_chunks(const ElementwiseArgs<Options>& args, const ElementwiseTensor<Rule::states>* tensors, int64_t begin,
-                   int64_t end) {
+void update_chunks(const ElementwiseArgs<Options>& args, const ElementwiseTensor<Rule::states>* tensors,
+                   int64_t begin, int64_t end) {
     double lr = args.lr;
     if (args.lr_tensor) {
         lr = args.lr_type == DType::float64 ? *static_cast<const double*>(args.lr_tensor)
                                             : *static_cast<const float*>(args.lr_tensor);
     }
-    const auto* tensor = std::upper_bound(tensors, tensors + args.count, begin, [](int64_t chunk, const auto& candidate) {
-        return chunk < candidate.last_chunk;
-    });
+    const auto* tensor =
+        std::upper_bound(tensors, tensors + args.count, begin,
+                         [](int64_t chunk, const auto& candidate) { return chunk < candidate.last_chunk; });
     float step = -1.0f;
     typename Rule::template Scalars<T> scalars{};
     for (int64_t chunk = begin; chunk < end; ++tensor) {

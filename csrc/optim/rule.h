@@ -1,8 +1,9 @@
 // What every update rule needs.
 //
-// A rule is a struct with the arithmetic of one element, shared by the CPU and the CUDA skeleton; adamw_rule.h is the
-// example. It has `states`, how many numbers it keeps per element; `is_signed(k)`, which 8-bit map state k takes;
-// `Scalars<T>` and `scalars(options, lr, step)`, what is the same for all elements of a parameter; and `update`.
+// A rule is a struct with the arithmetic of one element, shared by the CPU and the CUDA skeleton;
+// adamw_rule.h is the example. It has `states`, how many numbers it keeps per element; `is_signed(k)`, which
+// 8-bit map state k takes; `Scalars<T>` and `scalars(options, lr, step)`, what is the same for all elements
+// of a parameter; and `update`.
 #pragma once
 
 #include <cmath>

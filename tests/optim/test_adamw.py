@@ -53,7 +53,7 @@ def assert_equal(actual: list[nn.Parameter], expected: list[nn.Parameter]) -> No
         assert_same_bits(a.detach(), e.detach(), f"parameter {i}")
 
 
-# --- recorded runs -------------------------------------------------------------------------------------------------
+# --- recorded runs ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_replays_torchao(backend: str) -> None:
                 )
 
 
-# --- the bits ------------------------------------------------------------------------------------------------------
+# --- the bits -----------------------------------------------------------------------------------------------
 
 
 def call(
@@ -138,7 +138,7 @@ def call(
 
 @pytest.mark.parametrize("run", native_backends())
 def test_many_parameters_with_their_own_steps(run: Any) -> None:
-    """More than one launch holds, with empty ones between; a block meets several parameters, each with its own scalars."""
+    """More than one launch holds, some empty; a block meets several parameters, each with its own scalars."""
     sizes = [(7 * i) % 13 for i in range(700)] + [20_000, 0, 8192, 1]
     params = [torch.randn(size) for size in sizes]
     args = call(
@@ -231,7 +231,7 @@ def test_gradients_that_are_not_finite_show(options: dict[str, Any], value: floa
     assert (~p.isfinite()).nonzero().flatten().tolist() == list(broken)
 
 
-# --- drop-in for torch.optim.AdamW ---------------------------------------------------------------------------------
+# --- drop-in for torch.optim.AdamW --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])

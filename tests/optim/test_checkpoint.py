@@ -1,4 +1,4 @@
-"""Saving and resuming AdamW: the same bits, both ways with torch, and nothing changed by a state dict that does not fit."""
+"""Saving and resuming AdamW: the same bits, both ways with torch, and all or nothing."""
 
 from __future__ import annotations
 

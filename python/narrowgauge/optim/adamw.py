@@ -56,9 +56,10 @@ def _samples(make: SampleMaker) -> Iterator[Sample]:
         steps = [make(dtype=torch.float32, scale=0.0) + i for i in range(len(params))]
         stochastic = options.get("stochastic", False)
         indices, firsts = (list(range(len(params))), [0] * len(params)) if stochastic else ([], [])
-        scalar = lambda name: (
-            None if name not in options else make(dtype=torch.float32, scale=0.0) + options[name]
-        )  # noqa: E731
+
+        def scalar(name: str) -> Tensor | None:
+            return make(dtype=torch.float32, scale=0.0) + options[name] if name in options else None
+
         return (
             *(params, grads, states, scales, steps, scalar("lr"), 1e-2, 0.9, 0.999, 1e-2, 1e-8, amsgrad),
             *(options.get("maximize", False), stochastic, 7, indices, firsts),
@@ -146,22 +147,22 @@ class AdamW(ElementwiseOptimizer):
     ) -> None:
         super().__init__(
             params,
-            dict(
-                lr=lr,
-                betas=betas,
-                eps=eps,
-                weight_decay=weight_decay,
-                amsgrad=amsgrad,
-                maximize=maximize,
-                foreach=foreach,
-                capturable=capturable,
-                differentiable=differentiable,
-                fused=fused,
-                state_dtype=state_dtype,
-                param_update=param_update,
-                seed=seed,
-                min_quantized_size=min_quantized_size,
-            ),
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "amsgrad": amsgrad,
+                "maximize": maximize,
+                "foreach": foreach,
+                "capturable": capturable,
+                "differentiable": differentiable,
+                "fused": fused,
+                "state_dtype": state_dtype,
+                "param_update": param_update,
+                "seed": seed,
+                "min_quantized_size": min_quantized_size,
+            },
         )
 
     def _check_options(self, group: dict[str, Any]) -> None:

@@ -94,7 +94,8 @@ def _first_element(p: Tensor) -> int:
 
     if any(not (placement.is_replicate() or placement.is_shard(0)) for placement in p.placements):
         raise ValueError(
-            f"param_update='stochastic' needs parameters that are replicated or sharded in dimension 0, got {p.placements}"
+            "param_update='stochastic' needs parameters that are replicated or sharded in dimension 0, "
+            f"got {p.placements}"
         )
     _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
     return offset[0] * math.prod(p.shape[1:]) if offset else 0

@@ -1,4 +1,4 @@
-"""8-bit optimizer states: blockwise dynamic maps (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022).
+"""8-bit optimizer states: blockwise dynamic maps (Dettmers et al., arXiv 2110.02861).
 
 Each block of 256 consecutive elements keeps its largest magnitude as a float32 scale, and every element the code of the
 nearest entry of a fixed map, times that scale. Elements are consecutive in memory, whatever the strides. This module is
