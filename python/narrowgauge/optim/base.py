@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from itertools import chain
 from operator import itemgetter
@@ -38,11 +39,11 @@ def check_range(function: str, name: str, value: Any, low: float, below: float =
 
 def _dtensor() -> type | None:
     """The DTensor class, when this process has imported it."""
-    module = torch.sys.modules.get("torch.distributed.tensor")  # type: ignore[attr-defined]
+    module = sys.modules.get("torch.distributed.tensor")
     return getattr(module, "DTensor", None)
 
 
-def _local(x: Tensor) -> Tensor:
+def _local(x: Any) -> Tensor:
     dtensor = _dtensor()
     if dtensor is not None and isinstance(x, dtensor):
         x = x.to_local()
@@ -85,7 +86,7 @@ def _new_sharded_scale(p: Any, dtype: torch.dtype) -> Tensor:
     return DTensor.from_local(scale, p.device_mesh, placements, run_check=False)
 
 
-def _first_element(p: Tensor) -> int:
+def _first_element(p: Any) -> int:
     """Where this process's shard begins in the whole parameter."""
     dtensor = _dtensor()
     if dtensor is None or not isinstance(p, dtensor):
@@ -99,6 +100,11 @@ def _first_element(p: Tensor) -> int:
         )
     _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
     return offset[0] * math.prod(p.shape[1:]) if offset else 0
+
+
+def _getter(names: Sequence[str]) -> Callable[[dict[str, Any]], Iterable[Any]]:
+    """``itemgetter``, which is several times faster than a comprehension, also for a single name."""
+    return itemgetter(*names) if len(names) > 1 else lambda state: (state[names[0]],)
 
 
 class _Batch:
@@ -222,15 +228,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         """The parameters that have a gradient, by what one call can take together. Runs at every step: kept lean."""
         names = self._state_names(group)
         code_names, scale_names = [f"{name}.codes" for name in names], [f"{name}.scale" for name in names]
-        get_states, get_codes, get_scales = (
-            itemgetter(*names),
-            itemgetter(*code_names),
-            itemgetter(*scale_names),
-        )
-        if len(names) == 1:  # itemgetter then gives no tuple
-            get_states, get_codes, get_scales = (
-                lambda state, name=name: (state[name],) for name in (names[0], code_names[0], scale_names[0])
-            )
+        get_states, get_codes, get_scales = _getter(names), _getter(code_names), _getter(scale_names)
         batches: dict[Any, _Batch] = {}
         previous = None
         for p in group["params"]:
@@ -325,10 +323,11 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         ):
             grads = [g.to(params[0].dtype) for g in grads]
 
-        lr, lr_tensor = group["lr"], None
+        lr: float | Tensor = group["lr"]
+        lr_tensor = None
         if isinstance(lr, Tensor):
-            narrow = lr.dtype not in (torch.float32, torch.float64)
-            lr, lr_tensor = 0.0, lr.to(device, torch.float32 if narrow else lr.dtype, non_blocking=True)
+            dtype = lr.dtype if lr.dtype in (torch.float32, torch.float64) else torch.float32
+            lr, lr_tensor = 0.0, lr.to(device, dtype, non_blocking=True)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if grad_scale is not None:
             grad_scale = grad_scale.to(device, torch.float32, non_blocking=True)
