@@ -2,7 +2,8 @@
 
 A ``torch.autograd.Function`` with the two-argument ``forward(ctx, ...)`` is the cheapest wiring that ``torch.compile``
 still captures whole (docs/decisions/autograd-wiring.md has the measurements). Calls that need no gradient go straight
-to the inference operator. Under ``torch.func`` transforms the reference runs, which PyTorch differentiates itself.
+to the inference operator. Under ``torch.func`` transforms and in forward mode the reference runs, which PyTorch
+differentiates itself.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from narrowgauge.ops.operator import Operator
 
@@ -33,18 +35,15 @@ class Differentiable:
         self._apply = _function(self.name, forward, setup, backward).apply
 
     def __call__(self, *args: Any) -> Any:
+        if not torch.compiler.is_compiling() and (
+            torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        ):
+            return self.inference.reference(*args)
         if torch.is_grad_enabled():
             for argument in args:
                 if isinstance(argument, Tensor) and argument.requires_grad:
-                    return self._differentiate(*args)
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            return self.inference.reference(*args)
+                    return self._apply(*args)
         return self.inference(*args)
-
-    def _differentiate(self, *args: Any) -> Any:
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            return self.inference.reference(*args)
-        return self._apply(*args)
 
 
 def _function(
