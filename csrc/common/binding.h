@@ -107,8 +107,9 @@ inline DType dtype_or(const OptionalDType& given, DType otherwise) { return give
 // A fresh contiguous tensor on the device of `like`. Straight through the C shim: the boxed dispatcher that
 // torch::stable::empty_like goes through costs as much as a small kernel.
 inline Tensor empty(const std::vector<int64_t>& sizes, DType dtype, const Tensor& like) {
-    std::vector<int64_t> strides(sizes.size());
-    int64_t stride = 1;
+    constexpr size_t max_dimensions = 64;  // PyTorch's own limit
+    NG_CHECK(sizes.size() <= max_dimensions, "narrowgauge: more than 64 dimensions");
+    int64_t strides[max_dimensions], stride = 1;
     for (size_t i = sizes.size(); i-- > 0;) {
         strides[i] = stride;
         stride *= sizes[i] > 0 ? sizes[i] : 1;
@@ -118,13 +119,17 @@ inline Tensor empty(const std::vector<int64_t>& sizes, DType dtype, const Tensor
     shim_dtype = torch::stable::detail::to<int32_t>(
         torch::stable::detail::from(scalar_types[static_cast<int>(dtype)]));
     AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
                                                     shim_dtype, device_type, like.get_device_index(), &handle));
     return Tensor(handle);
 }
 
-inline bool same_device(const Tensor& a, const Tensor& b) {
+inline bool same_device([[maybe_unused]] const Tensor& a, [[maybe_unused]] const Tensor& b) {
+#if NARROWGAUGE_CPU
+    return true;  // one argument elsewhere, and the dispatcher would not have come here
+#else
     return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+#endif
 }
 
 inline void* data(const Tensor& tensor) { return tensor.data_ptr(); }

@@ -1,4 +1,7 @@
 // LayerNorm and RMSNorm, plain and with a fused residual add: the bindings.
+#include <cmath>
+#include <utility>
+
 #include "norm/guards.h"
 #include "norm/norm.h"
 
@@ -29,21 +32,23 @@ Forward forward(const Tensor& x, const OptionalTensor& residual, const OptionalT
                 const OptionalTensor& bias, double eps, double weight_offset, const OptionalDType& out_dtype,
                 bool centred, bool keep_statistics) {
     const auto [rows, columns] = check_rows(x);
+    const DType x_type = dtype(x);
+    NG_CHECK(eps >= 0 && std::isfinite(eps), "eps must be a finite number >= 0, got ", eps);
     check_vector(weight, "weight", x, columns);
     check_vector(bias, "bias", x, columns);
     if (residual) {
         check_layout(*residual, x, "residual");
         NG_CHECK(same_sizes(*residual, x), "residual must have the shape of x");
-        NG_CHECK(is_companion(dtype(*residual), dtype(x)), "residual must have the dtype of x or float32");
+        NG_CHECK(is_companion(dtype(*residual), x_type), "residual must have the dtype of x or float32");
     }
-    const DType y_type = dtype_or(out_dtype, dtype(x));
-    NG_CHECK(is_companion(y_type, dtype(x)), "out_dtype must be the dtype of x or float32");
+    const DType y_type = dtype_or(out_dtype, x_type);
+    NG_CHECK(is_companion(y_type, x_type), "out_dtype must be the dtype of x or float32");
 
     const std::vector<int64_t> sizes = sizes_of(x);
     Forward out{empty(sizes, y_type, x), {}, {}, {}};
     if (residual) out.residual_out = empty(sizes, dtype(*residual), x);
     if (keep_statistics) {
-        const DType statistics = dtype(x) == DType::float64 ? DType::float64 : DType::float32;
+        const DType statistics = x_type == DType::float64 ? DType::float64 : DType::float32;
         const std::vector<int64_t> row_sizes(sizes.begin(), sizes.end() - 1);
         if (centred) out.mean = empty(row_sizes, statistics, x);
         out.rstd = empty(row_sizes, statistics, x);
@@ -63,10 +68,10 @@ Forward forward(const Tensor& x, const OptionalTensor& residual, const OptionalT
     args.eps = eps;
     args.weight_offset = weight_offset;
     args.centred = centred;
-    args.x_type = dtype(x);
-    args.residual_type = residual ? dtype(*residual) : dtype(x);
-    args.weight_type = weight ? dtype(*weight) : dtype(x);
-    args.bias_type = bias ? dtype(*bias) : dtype(x);
+    args.x_type = x_type;
+    args.residual_type = residual ? dtype(*residual) : x_type;
+    args.weight_type = weight ? dtype(*weight) : x_type;
+    args.bias_type = bias ? dtype(*bias) : x_type;
     args.y_type = y_type;
     run(args, x);
     return out;
@@ -85,28 +90,28 @@ Tensor rms_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTen
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x, const OptionalTensor& weight,
                                                       const OptionalTensor& bias, double eps, double weight_offset,
                                                       const OptionalDType& out_dtype) {
-    const Forward out = forward(x, {}, weight, bias, eps, weight_offset, out_dtype, true, true);
-    return {out.y, *out.mean, *out.rstd};
+    Forward out = forward(x, {}, weight, bias, eps, weight_offset, out_dtype, true, true);
+    return {std::move(out.y), std::move(*out.mean), std::move(*out.rstd)};
 }
 
 std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                                             double eps, double weight_offset, const OptionalDType& out_dtype) {
-    const Forward out = forward(x, {}, weight, bias, eps, weight_offset, out_dtype, false, true);
-    return {out.y, *out.rstd};
+    Forward out = forward(x, {}, weight, bias, eps, weight_offset, out_dtype, false, true);
+    return {std::move(out.y), std::move(*out.rstd)};
 }
 
 std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, const OptionalTensor& weight,
                                           const OptionalTensor& bias, double eps, double weight_offset,
                                           const OptionalDType& out_dtype) {
-    const Forward out = forward(x, residual, weight, bias, eps, weight_offset, out_dtype, true, false);
-    return {out.y, *out.residual_out};
+    Forward out = forward(x, residual, weight, bias, eps, weight_offset, out_dtype, true, false);
+    return {std::move(out.y), std::move(*out.residual_out)};
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const OptionalTensor& weight,
                                         const OptionalTensor& bias, double eps, double weight_offset,
                                         const OptionalDType& out_dtype) {
-    const Forward out = forward(x, residual, weight, bias, eps, weight_offset, out_dtype, false, false);
-    return {out.y, *out.residual_out};
+    Forward out = forward(x, residual, weight, bias, eps, weight_offset, out_dtype, false, false);
+    return {std::move(out.y), std::move(*out.residual_out)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& x, const Tensor& residual,
@@ -114,16 +119,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& 
                                                                   const OptionalTensor& bias, double eps,
                                                                   double weight_offset,
                                                                   const OptionalDType& out_dtype) {
-    const Forward out = forward(x, residual, weight, bias, eps, weight_offset, out_dtype, true, true);
-    return {out.y, *out.residual_out, *out.mean, *out.rstd};
+    Forward out = forward(x, residual, weight, bias, eps, weight_offset, out_dtype, true, true);
+    return {std::move(out.y), std::move(*out.residual_out), std::move(*out.mean), std::move(*out.rstd)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm_forward(const Tensor& x, const Tensor& residual,
                                                         const OptionalTensor& weight, const OptionalTensor& bias,
                                                         double eps, double weight_offset,
                                                         const OptionalDType& out_dtype) {
-    const Forward out = forward(x, residual, weight, bias, eps, weight_offset, out_dtype, false, true);
-    return {out.y, *out.residual_out, *out.rstd};
+    Forward out = forward(x, residual, weight, bias, eps, weight_offset, out_dtype, false, true);
+    return {std::move(out.y), std::move(*out.residual_out), std::move(*out.rstd)};
 }
 
 void reduce(const Tensor& partial, const Tensor& result, int64_t chunks, int64_t columns) {
@@ -209,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
 #endif
     if (dweight) reduce(*dweight_partial, dweight_result, args.chunks, columns);
     if (dbias) reduce(*dbias_partial, dbias_result, args.chunks, columns);
-    return {dx, dweight_result, dbias_result};
+    return {std::move(dx), std::move(dweight_result), std::move(dbias_result)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& mean,

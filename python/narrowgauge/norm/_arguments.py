@@ -17,6 +17,8 @@ Shape = Union[int, Sequence[int]]
 
 def as_sizes(normalized_shape: Shape) -> tuple[int, ...]:
     """`normalized_shape` as a tuple."""
+    if type(normalized_shape) is tuple:
+        return normalized_shape
     return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
 
 

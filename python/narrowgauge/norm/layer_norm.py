@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from narrowgauge.norm import _arguments, _autograd, _reference
 from narrowgauge.norm._arguments import Shape
-from narrowgauge.ops import Sample, SampleMaker, checks, operator
+from narrowgauge.ops import Sample, SampleMaker, checks, library, operator
 
 
 def _samples(make: SampleMaker) -> Iterator[Sample]:
@@ -119,6 +119,11 @@ def layer_norm(
 
     Source: arXiv 1607.06450.
     """
+    if library.kernel_checks(x) and x.shape[-1:] == _arguments.as_sizes(normalized_shape):
+        try:
+            return _layer_norm.call_kernel(x, weight, bias, eps, weight_offset, out_dtype)
+        except (RuntimeError, TypeError):
+            pass  # a guard refused: the checks below say which argument
     sizes = _arguments.normalized_sizes("layer_norm", x, normalized_shape)
     _arguments.check("layer_norm", x, sizes, weight, bias, eps, out_dtype)
     if len(sizes) == 1:
@@ -152,6 +157,11 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError: As :func:`layer_norm`.
     """
+    if residual_dtype is None and library.kernel_checks(x) and library.kernel_checks(residual):
+        try:
+            return _add_layer_norm.call_kernel(x, residual, weight, bias, eps, weight_offset, out_dtype)
+        except (RuntimeError, TypeError):
+            pass  # a guard refused: the checks below say which argument
     sizes = _arguments.last_size("add_layer_norm", x)
     residual = _arguments.residual_as("add_layer_norm", x, residual, residual_dtype)
     _arguments.check("add_layer_norm", x, sizes, weight, bias, eps, out_dtype, residual)

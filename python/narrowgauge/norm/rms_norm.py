@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from narrowgauge.norm import _arguments, _autograd, _reference
 from narrowgauge.norm._arguments import Shape
-from narrowgauge.ops import Sample, SampleMaker, checks, operator
+from narrowgauge.ops import Sample, SampleMaker, checks, library, operator
 
 
 def _samples(make: SampleMaker) -> Iterator[Sample]:
@@ -118,6 +118,18 @@ def rms_norm(
 
     Source: arXiv 1910.07467, with eps inside the root.
     """
+    if library.kernel_checks(x) and x.shape[-1:] == _arguments.as_sizes(normalized_shape):
+        try:
+            return _rms_norm.call_kernel(
+                x,
+                weight,
+                bias,
+                _arguments.machine_eps(x.dtype) if eps is None else eps,
+                weight_offset,
+                out_dtype,
+            )
+        except (RuntimeError, TypeError):
+            pass  # a guard refused: the checks below say which argument
     sizes = _arguments.normalized_sizes("rms_norm", x, normalized_shape)
     if eps is None:
         eps = _arguments.machine_eps(x.dtype)
@@ -153,6 +165,11 @@ def add_rms_norm(
     Raises:
         TypeError, ValueError: As :func:`rms_norm`.
     """
+    if residual_dtype is None and library.kernel_checks(x) and library.kernel_checks(residual):
+        try:
+            return _add_rms_norm.call_kernel(x, residual, weight, bias, eps, weight_offset, out_dtype)
+        except (RuntimeError, TypeError):
+            pass  # a guard refused: the checks below say which argument
     sizes = _arguments.last_size("add_rms_norm", x)
     residual = _arguments.residual_as("add_rms_norm", x, residual, residual_dtype)
     _arguments.check("add_rms_norm", x, sizes, weight, bias, eps, out_dtype, residual)

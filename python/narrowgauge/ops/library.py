@@ -47,6 +47,7 @@ class _State:
     def __init__(self) -> None:
         self.backend: Backend = "auto"
         self.use_reference = False
+        self.cpu_kernels = self.cuda_kernels = False  # loaded, and not set aside for the reference
         self.cpu = NativeLibrary("cpu")
         self.cuda = NativeLibrary("cuda")
 
@@ -57,9 +58,25 @@ class _State:
             raise RuntimeError(f'backend "native" is not available: {self.cpu.reason or self.cuda.reason}')
         self.backend = backend
         self.use_reference = backend == "reference"
+        self.cpu_kernels = self.cpu.loaded and not self.use_reference
+        self.cuda_kernels = self.cuda.loaded and not self.use_reference
 
 
 state = _State()
+
+
+def kernel_checks(x: Any) -> bool:
+    """Whether a call on `x` goes to a kernel as it is: then the kernel's own guards are enough.
+
+    Public functions try such calls at once and name the wrong argument only after a guard has refused, because at
+    small sizes the checks in Python would cost more than the kernel.
+    """
+    return (
+        isinstance(x, torch.Tensor)
+        and not torch.compiler.is_compiling()
+        and ((x.is_cpu and state.cpu_kernels) or (x.is_cuda and state.cuda_kernels))
+        and x.is_contiguous()
+    )
 
 
 @contextlib.contextmanager
@@ -117,8 +134,7 @@ def load() -> None:
         )
     elif isa := os.environ.get("NARROWGAUGE_CPU_ISA"):
         set_cpu_isa(isa)
-    if chosen := os.environ.get("NARROWGAUGE_BACKEND"):
-        state.select(chosen)  # type: ignore[arg-type]
+    state.select(os.environ.get("NARROWGAUGE_BACKEND") or "auto")  # type: ignore[arg-type]
 
 
 def cpu_isa() -> str | None:
@@ -188,7 +204,9 @@ def _cuda_driver() -> str:
     major, minor = version.value // 1000, version.value % 1000 // 10
     needed = str(state.cuda.build.get("cuda", "13.0")).split(".")[0]
     old = major < int(needed)
-    return f"CUDA {major}.{minor}" + (f" (too old: this build needs CUDA {needed}, driver 580 or newer)" if old else "")
+    return f"CUDA {major}.{minor}" + (
+        f" (too old: this build needs CUDA {needed}, driver 580 or newer)" if old else ""
+    )
 
 
 def info() -> Info:
