@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.emulator.loading import load_emulator
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from narrowgauge.ops import Operator, library
-from tests.emulator.loading import load_emulator
 
 Run = Callable[..., list[Tensor]]
 
@@ -87,7 +87,9 @@ REQUIRE_NATIVE = os.environ.get("NARROWGAUGE_REQUIRE_NATIVE") == "1"
 def native_backends() -> list[Any]:
     """pytest parameters: each CPU instruction set, the emulated CUDA kernels, and the GPU."""
     isas = library.available_cpu_isas()
-    missing = pytest.mark.skipif(not isas and not REQUIRE_NATIVE, reason=f"CPU library {library.state.cpu.reason}")
+    missing = pytest.mark.skipif(
+        not isas and not REQUIRE_NATIVE, reason=f"CPU library {library.state.cpu.reason}"
+    )
     cpu = [pytest.param(run_cpu(isa), id=f"cpu-{isa}", marks=missing) for isa in isas or ["baseline"]]
     no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
     return [

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.backends import all_backends, in_float64, native_backends, results_of, run_emulated, run_reference
+from tests.tolerances import assert_near, assert_same_bits
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import narrowgauge  # noqa: F401 (registers the operators)
 from narrowgauge.ops import Operator, Sample, library, registry
-from tests.backends import all_backends, in_float64, native_backends, results_of, run_emulated, run_reference
-from tests.tolerances import assert_near, assert_same_bits
 
 RECORDS = [pytest.param(record, id=name) for name, record in sorted(registry.items())]
 
@@ -22,7 +22,9 @@ def calls(record: Operator) -> list[Any]:
 
 
 CALLS = [call for _, record in sorted(registry.items()) for call in calls(record)]
-needs_native = pytest.mark.skipif(not library.state.cpu.loaded, reason=f"CPU library {library.state.cpu.reason}")
+needs_native = pytest.mark.skipif(
+    not library.state.cpu.loaded, reason=f"CPU library {library.state.cpu.reason}"
+)
 
 
 def check(record: Operator, sample: Sample, actual: list[Tensor]) -> None:
@@ -45,7 +47,9 @@ def test_values(record: Operator, dtype: torch.dtype, run: Any) -> None:
 
 @pytest.mark.parametrize("run", native_backends())
 @pytest.mark.parametrize(("record", "dtype"), CALLS)
-def test_results_have_the_shapes_and_dtypes_of_the_reference(record: Operator, dtype: torch.dtype, run: Any) -> None:
+def test_results_have_the_shapes_and_dtypes_of_the_reference(
+    record: Operator, dtype: torch.dtype, run: Any
+) -> None:
     for sample in record.sample_calls(dtype):
         for actual, expected in zip(
             run(record, *sample.args), run_reference(record, *sample.args), strict=True
@@ -57,7 +61,9 @@ def test_results_have_the_shapes_and_dtypes_of_the_reference(record: Operator, d
 @pytest.mark.parametrize(("record", "dtype"), CALLS)
 def test_emulated_bits_do_not_depend_on_the_schedule(record: Operator, dtype: torch.dtype) -> None:
     if dtype not in (torch.float32, torch.bfloat16):
-        pytest.skip("the schedule does not depend on the dtype; float32 and bfloat16 cover both vector widths")
+        pytest.skip(
+            "the schedule does not depend on the dtype; float32 and bfloat16 cover both vector widths"
+        )
     for sample in record.sample_calls(dtype):
         first = run_emulated(record, *sample.args, seed=1)
         for seed in range(2, 9):

@@ -14,7 +14,9 @@ def assert_near(actual: Tensor, truth: Tensor, message: str = "") -> None:
 
     One, because samples are of that size: a result near zero is the difference of terms that are not.
     """
-    assert actual.shape == truth.shape, f"{message}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    assert actual.shape == truth.shape, (
+        f"{message}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    )
     if actual.dtype.itemsize == 1:
         assert_within_one_code(actual, truth, message)
         return
@@ -46,7 +48,9 @@ def assert_within_one_code(actual: Tensor, expected: Tensor, message: str = "") 
 def assert_same_bits(actual: Tensor, expected: Tensor, message: str = "") -> None:
     """Equal dtype, shape and bits; every NaN counts as the same."""
     assert actual.dtype == expected.dtype, f"{message}: dtype {actual.dtype}, expected {expected.dtype}"
-    assert actual.shape == expected.shape, f"{message}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert actual.shape == expected.shape, (
+        f"{message}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
     actual, expected = actual.cpu(), expected.cpu()
     if actual.is_floating_point():
         a, b = actual.double(), expected.double()

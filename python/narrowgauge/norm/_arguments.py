@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Union
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from narrowgauge.norm._reference import compute_dtype
 from narrowgauge.ops import checks
 
-Shape = Union[int, Sequence[int]]
+Shape = int | Sequence[int]
 
 
 def as_sizes(normalized_shape: Shape) -> tuple[int, ...]:

@@ -30,10 +30,18 @@ def _backward_samples(make: SampleMaker) -> Iterator[Sample]:
 
 
 @operator(
-    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, float weight_offset, ScalarType? out_dtype) -> Tensor",
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, float weight_offset, ScalarType? out_dtype)"
+    " -> Tensor",
     samples=_samples,
 )
-def layer_norm_op(x, weight, bias, eps, weight_offset, out_dtype):
+def layer_norm_op(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
     """y, for calls that need no gradient."""
     return _reference.forward(x, None, weight, bias, eps, weight_offset, out_dtype, centred=True)[0]
 
@@ -43,7 +51,14 @@ def layer_norm_op(x, weight, bias, eps, weight_offset, out_dtype):
     " -> (Tensor y, Tensor mean, Tensor rstd)",
     samples=_samples,
 )
-def layer_norm_forward_op(x, weight, bias, eps, weight_offset, out_dtype):
+def layer_norm_forward_op(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and rstd of each row for the backward."""
     y, _, mean, rstd = _reference.forward(x, None, weight, bias, eps, weight_offset, out_dtype, centred=True)
     return y, mean, rstd
@@ -54,7 +69,15 @@ def layer_norm_forward_op(x, weight, bias, eps, weight_offset, out_dtype):
     " ScalarType? out_dtype) -> (Tensor y, Tensor residual_out)",
     samples=_residual_samples,
 )
-def add_layer_norm_op(x, residual, weight, bias, eps, weight_offset, out_dtype):
+def add_layer_norm_op(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
     """The norm of x + residual, and the sum itself in the dtype of residual."""
     y, s, _, _ = _reference.forward(x, residual, weight, bias, eps, weight_offset, out_dtype, centred=True)
     return y, _reference.stored_sum(s, residual)
@@ -65,7 +88,15 @@ def add_layer_norm_op(x, residual, weight, bias, eps, weight_offset, out_dtype):
     " ScalarType? out_dtype) -> (Tensor y, Tensor residual_out, Tensor mean, Tensor rstd)",
     samples=_residual_samples,
 )
-def add_layer_norm_forward_op(x, residual, weight, bias, eps, weight_offset, out_dtype):
+def add_layer_norm_forward_op(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As add_layer_norm, with mean and rstd of each row for the backward."""
     y, s, mean, rstd = _reference.forward(
         x, residual, weight, bias, eps, weight_offset, out_dtype, centred=True
@@ -78,7 +109,17 @@ def add_layer_norm_forward_op(x, residual, weight, bias, eps, weight_offset, out
     " Tensor? dresidual, float weight_offset, bool affine_gradients) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     samples=_backward_samples,
 )
-def layer_norm_backward_op(dy, x, mean, rstd, weight, bias, dresidual, weight_offset, affine_gradients):
+def layer_norm_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dresidual: Tensor | None,
+    weight_offset: float,
+    affine_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """All gradients in one pass over dy and x; dresidual, the gradient of residual_out, is added to dx."""
     return _reference.backward(dy, x, mean, rstd, weight, bias, dresidual, weight_offset, affine_gradients)
 
@@ -180,6 +221,9 @@ class LayerNorm(nn.Module):
 
     Source: arXiv 1607.06450. Parameters and state_dict are those of ``torch.nn.LayerNorm``.
     """
+
+    weight: Tensor | None
+    bias: Tensor | None
 
     def __init__(
         self,

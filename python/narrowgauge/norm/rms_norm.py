@@ -31,10 +31,18 @@ def _backward_samples(make: SampleMaker) -> Iterator[Sample]:
 
 
 @operator(
-    "rms_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, float weight_offset, ScalarType? out_dtype) -> Tensor",
+    "rms_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, float weight_offset, ScalarType? out_dtype)"
+    " -> Tensor",
     samples=_samples,
 )
-def rms_norm_op(x, weight, bias, eps, weight_offset, out_dtype):
+def rms_norm_op(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
     """y, for calls that need no gradient."""
     return _reference.forward(x, None, weight, bias, eps, weight_offset, out_dtype, centred=False)[0]
 
@@ -44,7 +52,14 @@ def rms_norm_op(x, weight, bias, eps, weight_offset, out_dtype):
     " -> (Tensor y, Tensor rstd)",
     samples=_samples,
 )
-def rms_norm_forward_op(x, weight, bias, eps, weight_offset, out_dtype):
+def rms_norm_forward_op(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
     """y, and rstd of each row for the backward."""
     y, _, _, rstd = _reference.forward(x, None, weight, bias, eps, weight_offset, out_dtype, centred=False)
     return y, rstd
@@ -55,7 +70,15 @@ def rms_norm_forward_op(x, weight, bias, eps, weight_offset, out_dtype):
     " ScalarType? out_dtype) -> (Tensor y, Tensor residual_out)",
     samples=_residual_samples,
 )
-def add_rms_norm_op(x, residual, weight, bias, eps, weight_offset, out_dtype):
+def add_rms_norm_op(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
     """The norm of x + residual, and the sum itself in the dtype of residual."""
     y, s, _, _ = _reference.forward(x, residual, weight, bias, eps, weight_offset, out_dtype, centred=False)
     return y, _reference.stored_sum(s, residual)
@@ -66,7 +89,15 @@ def add_rms_norm_op(x, residual, weight, bias, eps, weight_offset, out_dtype):
     " ScalarType? out_dtype) -> (Tensor y, Tensor residual_out, Tensor rstd)",
     samples=_residual_samples,
 )
-def add_rms_norm_forward_op(x, residual, weight, bias, eps, weight_offset, out_dtype):
+def add_rms_norm_forward_op(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """As add_rms_norm, with rstd of each row for the backward."""
     y, s, _, rstd = _reference.forward(
         x, residual, weight, bias, eps, weight_offset, out_dtype, centred=False
@@ -79,7 +110,16 @@ def add_rms_norm_forward_op(x, residual, weight, bias, eps, weight_offset, out_d
     " float weight_offset, bool affine_gradients) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     samples=_backward_samples,
 )
-def rms_norm_backward_op(dy, x, rstd, weight, bias, dresidual, weight_offset, affine_gradients):
+def rms_norm_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dresidual: Tensor | None,
+    weight_offset: float,
+    affine_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """All gradients in one pass over dy and x; dresidual, the gradient of residual_out, is added to dx."""
     return _reference.backward(dy, x, None, rstd, weight, bias, dresidual, weight_offset, affine_gradients)
 
@@ -192,6 +232,9 @@ class RMSNorm(nn.Module):
 
     Source: arXiv 1910.07467. Parameters and state_dict are those of ``torch.nn.RMSNorm``.
     """
+
+    weight: Tensor | None
+    bias: Tensor | None
 
     def __init__(
         self,

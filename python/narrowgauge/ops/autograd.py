@@ -101,7 +101,7 @@ def differentiable(
     Args:
         inference: Operator for calls that need no gradient.
         forward: Operator with the same arguments that also returns what the backward needs.
-        setup: ``setup(ctx, args, results) -> public results``: saves for the backward, as in ``torch.autograd.Function``.
+        setup: ``setup(ctx, args, results) -> public results``: saves for the backward as a Function does.
         backward: ``backward(ctx, *gradients)`` returns one gradient (or None) per argument.
     """
     wired = Differentiable(inference, forward, setup, backward)

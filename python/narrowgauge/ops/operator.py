@@ -48,7 +48,7 @@ class Operator:
         reference: The pure-PyTorch function that defines the operator. It runs wherever there is no kernel.
         samples: Function of a :class:`SampleMaker` that yields the calls worth testing.
         dtypes: Main dtypes the operator takes.
-        tolerance: ``"exact"`` when all backends give the same bits, ``"rounding"`` when they agree to the dtype's rounding.
+        tolerance: ``"exact"`` when all backends give the same bits, ``"rounding"`` when they agree to rounding.
     """
 
     def __init__(
