@@ -120,6 +120,7 @@ def flattened(
 
 def register_affine(
     module: nn.Module,
+    normalized_shape: tuple[int, ...],
     *,
     weight: bool,
     bias: bool,
@@ -128,7 +129,5 @@ def register_affine(
 ) -> None:
     """Registers the parameters ``weight`` and ``bias`` (or None) of a norm, uninitialised."""
     for name, wanted in (("weight", weight), ("bias", bias)):
-        values = (
-            nn.Parameter(torch.empty(module.normalized_shape, device=device, dtype=dtype)) if wanted else None
-        )
+        values = nn.Parameter(torch.empty(normalized_shape, device=device, dtype=dtype)) if wanted else None
         module.register_parameter(name, values)

@@ -240,7 +240,12 @@ class LayerNorm(nn.Module):
         self.normalized_shape = _arguments.as_sizes(normalized_shape)
         self.eps, self.elementwise_affine, self.weight_offset = eps, elementwise_affine, weight_offset
         _arguments.register_affine(
-            self, weight=elementwise_affine, bias=elementwise_affine and bias, device=device, dtype=dtype
+            self,
+            self.normalized_shape,
+            weight=elementwise_affine,
+            bias=elementwise_affine and bias,
+            device=device,
+            dtype=dtype,
         )
         self.reset_parameters()
 

@@ -257,7 +257,12 @@ class RMSNorm(nn.Module):
         self.eps, self.elementwise_affine, self.weight_offset = eps, elementwise_affine, weight_offset
         self.casting, self.output_scale = casting, output_scale
         _arguments.register_affine(
-            self, weight=elementwise_affine, bias=elementwise_affine and bias, device=device, dtype=dtype
+            self,
+            self.normalized_shape,
+            weight=elementwise_affine,
+            bias=elementwise_affine and bias,
+            device=device,
+            dtype=dtype,
         )
         self.reset_parameters()
 

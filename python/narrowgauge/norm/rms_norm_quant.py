@@ -61,7 +61,9 @@ def _residual_samples(make: SampleMaker) -> Iterator[Sample]:
     samples=_samples,
     dtypes=NARROW,
 )
-def rms_norm_quant_op(x, weight, bias, eps, weight_offset, format):
+def rms_norm_quant_op(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, weight_offset: float, format: str
+) -> tuple[Tensor, Tensor]:
     """Codes and scales of the normalized rows."""
     return _quantized(x, None, weight, bias, eps, weight_offset, format)[:2]
 
@@ -72,7 +74,15 @@ def rms_norm_quant_op(x, weight, bias, eps, weight_offset, format):
     samples=_residual_samples,
     dtypes=NARROW,
 )
-def add_rms_norm_quant_op(x, residual, weight, bias, eps, weight_offset, format):
+def add_rms_norm_quant_op(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    format: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     """As rms_norm_quant for x + residual, with the sum in the dtype of residual."""
     codes, scale, s = _quantized(x, residual, weight, bias, eps, weight_offset, format)
     return codes, scale, _reference.stored_sum(s, residual)

@@ -32,7 +32,7 @@ class Differentiable:
     ) -> None:
         self.name = inference.name
         self.inference = inference
-        self._apply = _function(self.name, forward, setup, backward).apply
+        self._apply = fused_function(self.name, forward, setup, backward).apply
 
     def __call__(self, *args: Any) -> Any:
         if not torch.compiler.is_compiling() and _transformed():
@@ -59,9 +59,11 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _function(
-    name: str, forward_operator: Operator, setup: Callable[..., Any], backward_formula: Callable[..., Any]
+def fused_function(
+    name: str, forward: Callable[..., Any], setup: Callable[..., Any], backward_formula: Callable[..., Any]
 ) -> type[torch.autograd.Function]:
+    """An autograd function whose backward is a kernel: its second derivative is a clear error."""
+    run_forward = forward
     message = (
         f"narrowgauge.{name} cannot be differentiated twice: its backward is a fused kernel without a derivative of "
         "its own. Use the torch.nn layer where a second derivative is needed."
@@ -70,7 +72,7 @@ def _function(
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            return setup(ctx, args, forward_operator(*args))
+            return setup(ctx, args, run_forward(*args))
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor | None) -> Any:

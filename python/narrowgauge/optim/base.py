@@ -37,7 +37,7 @@ def check_range(function: str, name: str, value: Any, low: float, below: float =
         raise ValueError(f"{function}: {name} must be a finite number {interval}, got {value!r}")
 
 
-def _dtensor() -> type | None:
+def _dtensor() -> Any:
     """The DTensor class, when this process has imported it."""
     module = sys.modules.get("torch.distributed.tensor")
     return getattr(module, "DTensor", None)
@@ -327,7 +327,8 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         lr_tensor = None
         if isinstance(lr, Tensor):
             dtype = lr.dtype if lr.dtype in (torch.float32, torch.float64) else torch.float32
-            lr, lr_tensor = 0.0, lr.to(device, dtype, non_blocking=True)
+            lr_tensor = lr.to(device, dtype, non_blocking=True)
+            lr = 0.0
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if grad_scale is not None:
             grad_scale = grad_scale.to(device, torch.float32, non_blocking=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from narrowgauge.ops.autograd import _function
+from narrowgauge.ops.autograd import fused_function
 from narrowgauge.ops.checks import check_choice, check_floating, check_same_device
 from narrowgauge.quant.matmul import operand, scaled_matmul
 from narrowgauge.quant.recipes import RECIPES
@@ -57,7 +57,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     return grad_x, grad_weight, grad_bias, None
 
 
-_Linear = _function("quant.linear", _forward, _setup, _backward)
+_Linear = fused_function("quant.linear", _forward, _setup, _backward)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, recipe: str = "fp8-row") -> Tensor:

@@ -98,13 +98,15 @@ def quantize_operator(
     target = FORMATS[format]
     scale = scale_of(_amax(x, granularity), target)
     v = x.contiguous().float() / _spread(scale, granularity)
-    if rng is None and noise is None:
-        return round_nearest(v, target), scale
-    words = None if rng is None else philox_words(rng, x.numel()).view(x.shape)
-    if isinstance(target, Int):
-        return round_stochastic_uniform(v, target, noise if words is None else uniform(words)), scale
-    if words is None:
+    if noise is not None:
         words = (noise * 2.0**32).long()
+    elif rng is not None:
+        words = philox_words(rng, x.numel()).view(x.shape)
+        noise = uniform(words)
+    else:
+        return round_nearest(v, target), scale
+    if isinstance(target, Int):
+        return round_stochastic_uniform(v, target, noise), scale
     return round_stochastic_words(v, target, words), scale
 
 
