@@ -26,25 +26,16 @@ struct DynamicMap {
     float values[256];
     uint32_t lookup[buckets];
 
-    // Where a number lies in the table, and where in its bucket.
-    struct Place {
-        uint32_t bucket, low;
-    };
-
-    static NG_HOST_DEVICE Place place(float x) {
+    // Where a number lies: the bucket in the high bits, how far into it in the low ones.
+    static NG_HOST_DEVICE uint32_t place(float x) {
         const uint32_t bits = bit_cast<uint32_t>(x);
-        int32_t clamped = static_cast<int32_t>(bits & 0x7fffffffu);
-        clamped = clamped < static_cast<int32_t>(first) ? static_cast<int32_t>(first) : clamped;
-        clamped = clamped > static_cast<int32_t>(last) ? static_cast<int32_t>(last) : clamped;
-        const uint32_t magnitude = static_cast<uint32_t>(clamped);
+        int32_t magnitude =
+            static_cast<int32_t>(bits & 0x7fffffffu);  // signed comparisons are the cheap ones
+        magnitude = magnitude < static_cast<int32_t>(first) ? static_cast<int32_t>(first) : magnitude;
+        magnitude = magnitude > static_cast<int32_t>(last) ? static_cast<int32_t>(last) : magnitude;
         const uint32_t negative = Signed ? 0u - (bits >> 31) : 0u;
-        return {((magnitude - first) >> low_bits) + (negative & half), (magnitude ^ negative) & low_mask};
-    }
-
-    static NG_HOST_DEVICE uint32_t code(uint32_t entry, uint32_t low) {
-        const auto threshold =
-            static_cast<int32_t>(entry & 0xffffffu);  // signed comparisons are the cheap ones
-        return (entry >> 24) + (static_cast<int32_t>(low) >= threshold ? 1u : 0u);
+        const uint32_t place = static_cast<uint32_t>(magnitude) - first;
+        return (place ^ (negative & low_mask)) + (negative & (half << low_bits));
     }
 };
 
@@ -118,8 +109,9 @@ constexpr DynamicMap<Signed> make_dynamic_map() {
 // The code of the map's entry nearest to x in [-1, 1], the upper one when two are equally near.
 template <bool Signed, class Lookup>
 NG_HOST_DEVICE uint32_t encode(const Lookup& lookup, float x) {
-    const auto place = DynamicMap<Signed>::place(x);
-    return DynamicMap<Signed>::code(lookup[place.bucket], place.low);
+    using Map = DynamicMap<Signed>;
+    const uint32_t place = Map::place(x), entry = lookup[place >> Map::low_bits];
+    return (entry >> 24) + ((place & Map::low_mask) >= (entry & 0xffffffu) ? 1u : 0u);
 }
 
 NG_NAMESPACE_END

@@ -56,26 +56,24 @@ void narrow(const float* from, int n, To* to) {
 // Elements `first` onwards of the draw decide the rounding.
 inline void narrow_stochastic(const float* from, int n, const Philox& random, uint64_t first, bf16* to) {
     constexpr int groups = state_block / 4 + 1;
-    uint32_t words[4][groups];
+    uint32_t words[4][groups], in_order[4 * groups];
     const uint64_t first_group = first / 4;
     NG_INDEPENDENT_ITERATIONS
     for (int i = 0; i < groups; ++i) {
         const Philox::Words group = random.group(first_group + static_cast<uint64_t>(i));
         for (int j = 0; j < 4; ++j) words[j][i] = group.word[j];
     }
-    for (int i = 0; i < n; ++i) {
-        const int element = static_cast<int>(first % 4) + i;
-        to[i] = stochastic_bf16(from[i], words[element % 4][element / 4]);
+#pragma omp simd
+    for (int i = 0; i < groups; ++i) {
+        for (int j = 0; j < 4; ++j) in_order[4 * i + j] = words[j][i];
     }
+    const uint32_t* word = in_order + first % 4;
+#pragma omp simd
+    for (int i = 0; i < n; ++i) to[i] = stochastic_bf16(from[i], word[i]);
 }
 
 // Table look-ups are written out for eight elements: compilers make worse of a loop, and the gather
 // instruction is slow.
-inline U32x8 look_up(const uint32_t* table, const uint32_t* index) {
-    return U32x8{table[index[0]], table[index[1]], table[index[2]], table[index[3]],
-                 table[index[4]], table[index[5]], table[index[6]], table[index[7]]};
-}
-
 template <bool Signed>
 void decode_block(const uint8_t* codes, float scale, int n, float* values) {
     const float* map = dynamic_map<Signed>.values;
@@ -90,25 +88,28 @@ void decode_block(const uint8_t* codes, float scale, int n, float* values) {
     for (; i < n; ++i) values[i] = map[codes[i]] * scale;
 }
 
+// In three passes, because the look-ups between them do not vectorise.
 template <bool Signed>
 void encode_finite(const float* values, float divisor, int n, uint8_t* codes) {
     using Map = DynamicMap<Signed>;
-    alignas(32) uint32_t index[state_block], low[state_block], entries[state_block];
+    using I32x8 = int32_t __attribute__((vector_size(32)));
+    const uint32_t* lookup = dynamic_map<Signed>.lookup;
+    alignas(32) uint32_t places[state_block + 7];
 #pragma omp simd
-    for (int i = 0; i < n; ++i) {
-        const typename Map::Place place = Map::place(values[i] / divisor);
-        index[i] = place.bucket;
-        low[i] = place.low;
-    }
-    for (int i = n; i % 8 != 0; ++i) index[i] = 0;
+    for (int i = 0; i < n; ++i) places[i] = Map::place(values[i] / divisor);
+    for (int i = n; i % 8 != 0; ++i) places[i] = 0;
     for (int i = 0; i < n; i += 8) {
-        const U32x8 found = look_up(dynamic_map<Signed>.lookup, index + i);
-        memcpy(entries + i, &found, sizeof(found));
+        uint32_t* p = places + i;
+        const auto entry = [&](int k) { return lookup[p[k] >> Map::low_bits]; };
+        const U32x8 entries{entry(0), entry(1), entry(2), entry(3), entry(4), entry(5), entry(6), entry(7)};
+        U32x8 place;
+        memcpy(&place, p, sizeof(place));
+        const auto before = bit_cast<I32x8>(place & Map::low_mask) < bit_cast<I32x8>(entries & 0xffffffu);
+        const U32x8 code = (entries >> 24) + 1 + bit_cast<U32x8>(before);  // true is -1
+        memcpy(p, &code, sizeof(code));
     }
 #pragma omp simd
-    for (int i = 0; i < n; ++i) entries[i] = Map::code(entries[i], low[i]);
-#pragma omp simd
-    for (int i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(entries[i]);
+    for (int i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(places[i]);
 }
 
 // Returns the block's scale: NaN when it holds a value that is not finite.
