@@ -1,7 +1,7 @@
 // Everything a binding may use, the same for the three ways in which it is compiled (docs/architecture.md).
 //
-// A binding guards its arguments, allocates its outputs, fills the plain-data arguments of a kernel and runs it. All
-// checks come first: an error raised inside a parallel region would lose its message.
+// A binding guards its arguments, allocates its outputs, fills the plain-data arguments of a kernel and runs
+// it. All checks come first: an error raised inside a parallel region would lose its message.
 #pragma once
 
 #include <algorithm>
@@ -36,7 +36,8 @@
 
 namespace narrowgauge {
 
-// --- one tensor interface --------------------------------------------------------------------------------------
+// --- one tensor interface
+// --------------------------------------------------------------------------------------
 
 #if NARROWGAUGE_EMULATOR
 
@@ -68,8 +69,8 @@ template <class... Parts>
 #define NG_CHECK(condition, ...) \
     if (!(condition)) ::narrowgauge::fail(__VA_ARGS__)
 #define NG_BOX(function) function
-#define NG_OPERATORS(m)                                                                              \
-    static void narrowgauge_register(::narrowgauge::emulator::Library&);                             \
+#define NG_OPERATORS(m)                                                                                \
+    static void narrowgauge_register(::narrowgauge::emulator::Library&);                               \
     static const ::narrowgauge::emulator::Registration narrowgauge_registration(narrowgauge_register); \
     static void narrowgauge_register(::narrowgauge::emulator::Library& m)
 
@@ -86,9 +87,9 @@ using ScalarType = torch::headeronly::ScalarType;
 #define NG_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(narrowgauge, CUDA, m)
 #endif
 
-constexpr ScalarType scalar_types[] = {ScalarType::Float,  ScalarType::Double, ScalarType::BFloat16,
-                                       ScalarType::Half,   ScalarType::Char,   ScalarType::Byte,
-                                       ScalarType::Long,   ScalarType::Int,    ScalarType::Float8_e4m3fn,
+constexpr ScalarType scalar_types[] = {ScalarType::Float,       ScalarType::Double, ScalarType::BFloat16,
+                                       ScalarType::Half,        ScalarType::Char,   ScalarType::Byte,
+                                       ScalarType::Long,        ScalarType::Int,    ScalarType::Float8_e4m3fn,
                                        ScalarType::Float8_e5m2, ScalarType::Bool};
 
 inline DType dtype(ScalarType scalar_type) {
@@ -102,7 +103,9 @@ inline DType dtype(const Tensor& tensor) { return dtype(tensor.scalar_type()); }
 
 using OptionalDType = std::optional<ScalarType>;  // an operator's `ScalarType?`
 
-inline DType dtype_or(const OptionalDType& given, DType otherwise) { return given ? dtype(*given) : otherwise; }
+inline DType dtype_or(const OptionalDType& given, DType otherwise) {
+    return given ? dtype(*given) : otherwise;
+}
 
 // A fresh contiguous tensor on the device of `like`. Straight through the C shim: the boxed dispatcher that
 // torch::stable::empty_like goes through costs as much as a small kernel.
@@ -120,7 +123,8 @@ inline Tensor empty(const std::vector<int64_t>& sizes, DType dtype, const Tensor
         torch::stable::detail::from(scalar_types[static_cast<int>(dtype)]));
     AtenTensorHandle handle;
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
-                                                    shim_dtype, device_type, like.get_device_index(), &handle));
+                                                    shim_dtype, device_type, like.get_device_index(),
+                                                    &handle));
     return Tensor(handle);
 }
 
@@ -143,7 +147,8 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
     return std::vector<int64_t>(sizes.begin(), sizes.end());
 }
 
-// --- guards ----------------------------------------------------------------------------------------------------
+// --- guards
+// ----------------------------------------------------------------------------------------------------
 
 // What every kernel needs of a tensor: rows contiguous, on the device of the operator's first argument.
 inline void check_layout(const Tensor& tensor, const Tensor& first, const char* name) {
@@ -152,16 +157,19 @@ inline void check_layout(const Tensor& tensor, const Tensor& first, const char* 
 }
 
 inline bool is_floating(DType dtype) {
-    return dtype == DType::float32 || dtype == DType::bfloat16 || dtype == DType::float16 || dtype == DType::float64;
+    return dtype == DType::float32 || dtype == DType::bfloat16 || dtype == DType::float16 ||
+           dtype == DType::float64;
 }
 
-// --- running a kernel ------------------------------------------------------------------------------------------
+// --- running a kernel
+// ------------------------------------------------------------------------------------------
 
 #if NARROWGAUGE_CPU
 
 using torch::stable::parallel_for;
 
-// Splits [0, total) into pieces of about `work_per_item * items` = 32768 elements' work, run by torch's threads.
+// Splits [0, total) into pieces of about `work_per_item * items` = 32768 elements' work, run by torch's
+// threads.
 template <class F>
 void parallel_ranges(int64_t total, int64_t work_per_item, const F& function) {
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work_per_item));
@@ -176,7 +184,7 @@ void parallel_ranges(int64_t total, int64_t work_per_item, const F& function) {
 
 // Makes the tensor's device current for the lifetime of the object and gives its current stream.
 class OnDevice {
-   public:
+  public:
     explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
         void* stream = nullptr;
         TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
@@ -184,7 +192,7 @@ class OnDevice {
     }
     cudaStream_t stream() const { return stream_; }
 
-   private:
+  private:
     torch::stable::accelerator::DeviceGuard guard_;
     cudaStream_t stream_ = nullptr;
 };
@@ -192,7 +200,7 @@ class OnDevice {
 #else
 
 class OnDevice {
-   public:
+  public:
     explicit OnDevice(const Tensor&) {}
     Stream stream() const { return {}; }
 };

@@ -13,11 +13,15 @@
 #define NG_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
-// A CPU kernel file is compiled once per instruction set. Everything it can inline lives in a namespace named after
-// that set, so the linker never keeps an AVX-512 copy of a function that an older processor will call.
+// A CPU kernel file is compiled once per instruction set. Everything it can inline lives in a namespace named
+// after that set, so the linker never keeps an AVX-512 copy of a function that an older processor will call.
 #ifdef NG_ISA
-#define NG_NAMESPACE_BEGIN namespace narrowgauge { inline namespace NG_ISA {
-#define NG_NAMESPACE_END } }
+#define NG_NAMESPACE_BEGIN  \
+    namespace narrowgauge { \
+    inline namespace NG_ISA {
+#define NG_NAMESPACE_END \
+    }                    \
+    }
 #else
 #define NG_NAMESPACE_BEGIN namespace narrowgauge {
 #define NG_NAMESPACE_END }

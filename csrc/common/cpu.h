@@ -14,18 +14,28 @@
     result name parameters;                     \
     NG_NAMESPACE_END
 #elif defined(__x86_64__)
-#define NG_CPU_KERNEL(result, name, parameters)           \
-    namespace narrowgauge {                               \
-    namespace v4 { result name parameters; }              \
-    namespace v3 { result name parameters; }              \
-    namespace baseline { result name parameters; }        \
+#define NG_CPU_KERNEL(result, name, parameters) \
+    namespace narrowgauge {                     \
+    namespace v4 {                              \
+    result name parameters;                     \
+    }                                           \
+    namespace v3 {                              \
+    result name parameters;                     \
+    }                                           \
+    namespace baseline {                        \
+    result name parameters;                     \
+    }                                           \
     }
-#define NG_CPU_POINTER(name) \
-    (::narrowgauge::cpu_select(&::narrowgauge::v4::name, &::narrowgauge::v3::name, &::narrowgauge::baseline::name))
+#define NG_CPU_POINTER(name)                                                       \
+    (::narrowgauge::cpu_select(&::narrowgauge::v4::name, &::narrowgauge::v3::name, \
+                               &::narrowgauge::baseline::name))
 #else
 #define NG_CPU_KERNEL(result, name, parameters) \
     namespace narrowgauge {                     \
-    namespace baseline { result name parameters; } }
+    namespace baseline {                        \
+    result name parameters;                     \
+    }                                           \
+    }
 #define NG_CPU_POINTER(name) (&::narrowgauge::baseline::name)
 #endif
 
@@ -34,7 +44,8 @@ namespace narrowgauge {
 
 enum class Isa : int { baseline, v3, v4 };
 
-// The instruction set in use: the best this processor has, unless NARROWGAUGE_CPU_ISA or a test chose another.
+// The instruction set in use: the best this processor has, unless NARROWGAUGE_CPU_ISA or a test chose
+// another.
 Isa cpu_isa();
 
 template <class F>

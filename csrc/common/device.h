@@ -1,6 +1,7 @@
 // What device code is written against: CUDA itself under nvcc, its model on the CPU under the emulator.
 //
-// docs/architecture.md describes the three things that differ from ordinary CUDA: global<T>(), SharedArena, launch().
+// docs/architecture.md describes the three things that differ from ordinary CUDA: global<T>(), SharedArena,
+// launch().
 #pragma once
 
 #include "common/config.h"
@@ -20,7 +21,8 @@ namespace narrowgauge {
 
 using Stream = cudaStream_t;
 
-// --- memory ----------------------------------------------------------------------------------------------------
+// --- memory
+// ----------------------------------------------------------------------------------------------------
 
 template <class T>
 using Global = T*;
@@ -49,9 +51,10 @@ __device__ __forceinline__ void store(T* pointer, int64_t index, const Vec<T, N>
 
 extern __shared__ __align__(16) unsigned char narrowgauge_shared_memory[];
 
-// Hands out pieces of the launch's dynamic shared memory; every thread must take the same pieces in the same order.
+// Hands out pieces of the launch's dynamic shared memory; every thread must take the same pieces in the same
+// order.
 class SharedArena {
-   public:
+  public:
     template <class T>
     __device__ __forceinline__ Shared<T> take(int count) {
         T* piece = reinterpret_cast<T*>(narrowgauge_shared_memory + offset_);
@@ -59,11 +62,12 @@ class SharedArena {
         return piece;
     }
 
-   private:
+  private:
     int offset_ = 0;
 };
 
-// --- asynchronous copies ---------------------------------------------------------------------------------------
+// --- asynchronous copies
+// ---------------------------------------------------------------------------------------
 
 template <int Bytes, class T>
 __device__ __forceinline__ void async_copy(T* shared, int64_t i, const T* global, int64_t j) {
@@ -82,7 +86,8 @@ __device__ __forceinline__ void async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Groups) : "memory");
 }
 
-// --- thread-block clusters (sm_90 and newer) -------------------------------------------------------------------
+// --- thread-block clusters (sm_90 and newer)
+// -------------------------------------------------------------------
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ __forceinline__ unsigned cluster_rank() {
@@ -107,7 +112,8 @@ __device__ __forceinline__ T* cluster_map(T* shared, unsigned rank) {
 }
 #endif
 
-// --- launch ----------------------------------------------------------------------------------------------------
+// --- launch
+// ----------------------------------------------------------------------------------------------------
 
 struct LaunchConfig {
     dim3 grid, block;
@@ -141,7 +147,8 @@ void launch(const LaunchConfig& config, void (*kernel)(Parameters...), const Arg
         launch_config.attrs = &attribute;
         launch_config.numAttrs = 1;
     }
-    check_cuda(cudaLaunchKernelEx(&launch_config, kernel, static_cast<Parameters>(arguments)...), "kernel launch");
+    check_cuda(cudaLaunchKernelEx(&launch_config, kernel, static_cast<Parameters>(arguments)...),
+               "kernel launch");
 }
 
 // How many blocks fill the current device once.

@@ -1,7 +1,8 @@
 // Element types: the run-time tag `DType`, and the narrow storage types with their conversions.
 //
-// The conversions are branch-free bit manipulation, so that compilers vectorise them, and give the same bits on the
-// host and on every GPU: round half to even, NaN stays NaN, the fp8 types saturate at their largest finite value.
+// The conversions are branch-free bit manipulation, so that compilers vectorise them, and give the same bits
+// on the host and on every GPU: round half to even, NaN stays NaN, the fp8 types saturate at their largest
+// finite value.
 #pragma once
 
 #include <cstdint>
@@ -11,17 +12,33 @@
 
 namespace narrowgauge {
 
-enum class DType : int32_t { float32, float64, bfloat16, float16, int8, uint8, int64, int32, e4m3, e5m2, boolean };
+enum class DType : int32_t {
+    float32,
+    float64,
+    bfloat16,
+    float16,
+    int8,
+    uint8,
+    int64,
+    int32,
+    e4m3,
+    e5m2,
+    boolean
+};
 
 inline int64_t size_of(DType dtype) {
     switch (dtype) {
         case DType::float64:
-        case DType::int64: return 8;
+        case DType::int64:
+            return 8;
         case DType::float32:
-        case DType::int32: return 4;
+        case DType::int32:
+            return 4;
         case DType::bfloat16:
-        case DType::float16: return 2;
-        default: return 1;
+        case DType::float16:
+            return 2;
+        default:
+            return 1;
     }
 }
 
@@ -35,10 +52,18 @@ inline const char* name_of(DType dtype) {
 
 NG_NAMESPACE_BEGIN
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
-struct e4m3 { uint8_t bits; };
-struct e5m2 { uint8_t bits; };
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+struct e4m3 {
+    uint8_t bits;
+};
+struct e5m2 {
+    uint8_t bits;
+};
 
 template <class To, class From>
 NG_HOST_DEVICE To bit_cast(From from) {
@@ -48,7 +73,8 @@ NG_HOST_DEVICE To bit_cast(From from) {
     return to;
 }
 
-// --- to float: exact -------------------------------------------------------------------------------------------
+// --- to float: exact
+// -------------------------------------------------------------------------------------------
 
 NG_HOST_DEVICE float to_float(float x) { return x; }
 NG_HOST_DEVICE float to_float(double x) { return static_cast<float>(x); }
@@ -57,7 +83,8 @@ NG_HOST_DEVICE float to_float(bf16 x) { return bit_cast<float>(static_cast<uint3
 NG_HOST_DEVICE float to_float(f16 x) {
     const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
     const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
-    const uint32_t rebias = magnitude >= 0x7c00u ? 224u << 23 : 112u << 23;  // infinity and NaN move to exponent 255
+    const uint32_t rebias =
+        magnitude >= 0x7c00u ? 224u << 23 : 112u << 23;  // infinity and NaN move to exponent 255
     const uint32_t normal = (magnitude << 13) + rebias;
     return bit_cast<float>(sign | (magnitude < 0x0400u ? bit_cast<uint32_t>(subnormal) : normal));
 }
@@ -72,16 +99,21 @@ NG_HOST_DEVICE float to_float(e4m3 x) {
     return bit_cast<float>(sign | bits);
 }
 
-// --- from float: round half to even ----------------------------------------------------------------------------
+// --- from float: round half to even
+// ----------------------------------------------------------------------------
 
 template <class T>
 NG_HOST_DEVICE T from_float(float x);
 
 template <>
-NG_HOST_DEVICE float from_float<float>(float x) { return x; }
+NG_HOST_DEVICE float from_float<float>(float x) {
+    return x;
+}
 
 template <>
-NG_HOST_DEVICE double from_float<double>(float x) { return static_cast<double>(x); }
+NG_HOST_DEVICE double from_float<double>(float x) {
+    return static_cast<double>(x);
+}
 
 template <>
 NG_HOST_DEVICE bf16 from_float<bf16>(float x) {
@@ -91,13 +123,14 @@ NG_HOST_DEVICE bf16 from_float<bf16>(float x) {
     return {static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : rounded)};
 }
 
-// The steps every small float format shares: `Drop` mantissa bits are rounded away, exponents move by `Rebias`, and
-// below `MinNormal` adding `Magic` lets the adder itself round to the format's subnormal grid.
+// The steps every small float format shares: `Drop` mantissa bits are rounded away, exponents move by
+// `Rebias`, and below `MinNormal` adding `Magic` lets the adder itself round to the format's subnormal grid.
 template <int Drop, uint32_t Rebias, uint32_t MinNormal>
 NG_HOST_DEVICE uint32_t round_magnitude(uint32_t magnitude, float magic) {
-    const uint32_t normal =
-        ((magnitude + ((1u << (Drop - 1)) - 1u) + ((magnitude >> Drop) & 1u)) >> Drop) - (Rebias << (23 - Drop));
-    const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + magic) - bit_cast<uint32_t>(magic);
+    const uint32_t normal = ((magnitude + ((1u << (Drop - 1)) - 1u) + ((magnitude >> Drop) & 1u)) >> Drop) -
+                            (Rebias << (23 - Drop));
+    const uint32_t subnormal =
+        bit_cast<uint32_t>(bit_cast<float>(magnitude) + magic) - bit_cast<uint32_t>(magic);
     return magnitude < MinNormal ? subnormal : normal;
 }
 
@@ -130,20 +163,32 @@ NG_HOST_DEVICE e5m2 from_float<e5m2>(float x) {
 
 // The type in which `T` is computed: float, or double for double.
 template <class T>
-struct Compute { using type = float; };
+struct Compute {
+    using type = float;
+};
 template <>
-struct Compute<double> { using type = double; };
+struct Compute<double> {
+    using type = double;
+};
 template <class T>
 using compute_t = typename Compute<T>::type;
 
 template <class T>
-NG_HOST_DEVICE compute_t<T> to_compute(T x) { return to_float(x); }
+NG_HOST_DEVICE compute_t<T> to_compute(T x) {
+    return to_float(x);
+}
 template <>
-NG_HOST_DEVICE double to_compute<double>(double x) { return x; }
+NG_HOST_DEVICE double to_compute<double>(double x) {
+    return x;
+}
 
 template <class T>
-NG_HOST_DEVICE T from_compute(compute_t<T> x) { return from_float<T>(x); }
+NG_HOST_DEVICE T from_compute(compute_t<T> x) {
+    return from_float<T>(x);
+}
 template <>
-NG_HOST_DEVICE double from_compute<double>(double x) { return x; }
+NG_HOST_DEVICE double from_compute<double>(double x) {
+    return x;
+}
 
 NG_NAMESPACE_END

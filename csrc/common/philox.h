@@ -1,4 +1,5 @@
-// Counter-based random bits (Philox-4x32-10, Salmon et al., SC 2011) and the stochastic rounding built on them.
+// Counter-based random bits (Philox-4x32-10, Salmon et al., SC 2011) and the stochastic rounding built on
+// them.
 //
 // Element i of a draw depends on (seed, offset, i) alone: never on the thread, the block or the shard.
 #pragma once
@@ -10,7 +11,9 @@ NG_NAMESPACE_BEGIN
 struct Philox {
     uint64_t seed, offset;
 
-    struct Words { uint32_t word[4]; };
+    struct Words {
+        uint32_t word[4];
+    };
 
     // The four words that serve elements 4 * group ... 4 * group + 3.
     NG_HOST_DEVICE Words group(uint64_t group) const {
@@ -33,9 +36,12 @@ struct Philox {
 };
 
 // A word as a number in [0, 1) with 24 bits.
-NG_HOST_DEVICE float uniform(uint32_t word) { return static_cast<float>(static_cast<int32_t>(word >> 8)) * 0x1p-24f; }
+NG_HOST_DEVICE float uniform(uint32_t word) {
+    return static_cast<float>(static_cast<int32_t>(word >> 8)) * 0x1p-24f;
+}
 
-// float32 to bfloat16: the magnitude goes up when the word's high half is below the dropped bits; NaN and Inf pass.
+// float32 to bfloat16: the magnitude goes up when the word's high half is below the dropped bits; NaN and Inf
+// pass.
 NG_HOST_DEVICE bf16 stochastic_bf16(float x, uint32_t word) {
     const uint32_t bits = bit_cast<uint32_t>(x);
     const bool finite = (bits & 0x7f800000u) != 0x7f800000u;

@@ -11,8 +11,8 @@ constexpr unsigned all_lanes = 0xffffffffu;
 // Partial sums that group_sum needs: one per warp of the block.
 constexpr int max_warps = 32;
 
-// The sum over each group of `group` consecutive threads (a power of two that divides the block), given to all of them.
-// Every thread of the block must call it. The order of the additions depends on `group` alone.
+// The sum over each group of `group` consecutive threads (a power of two that divides the block), given to
+// all of them. Every thread of the block must call it. The order of the additions depends on `group` alone.
 template <class A>
 __device__ __forceinline__ A group_sum(A value, int group, Shared<A> partials) {
     for (int offset = (group < warp_threads ? group : warp_threads) / 2; offset > 0; offset /= 2) {

@@ -9,7 +9,7 @@ NG_NAMESPACE_BEGIN
 
 template <class T>
 class Scratch {
-   public:
+  public:
     explicit Scratch(int64_t count)
         : data_(static_cast<T*>(std::malloc(sizeof(T) * static_cast<size_t>(count > 0 ? count : 1)))) {
         if (data_ == nullptr) std::abort();  // as any allocation of this size would
@@ -19,7 +19,7 @@ class Scratch {
     Scratch& operator=(const Scratch&) = delete;
     T* get() const { return data_; }
 
-   private:
+  private:
     T* data_;
 };
 

@@ -1,8 +1,8 @@
 // Fixed-width vectors for CPU kernels, written with the compiler's vector extension instead of intrinsics.
 //
-// A Pack always holds 32 bytes (8 floats or 4 doubles), whatever the instruction set: the compiler maps it to one AVX
-// register, two SSE or NEON registers, or half an AVX-512 one. Sums over packs therefore have the same order, and the
-// same bits, on every instruction set.
+// A Pack always holds 32 bytes (8 floats or 4 doubles), whatever the instruction set: the compiler maps it to
+// one AVX register, two SSE or NEON registers, or half an AVX-512 one. Sums over packs therefore have the
+// same order, and the same bits, on every instruction set.
 #pragma once
 
 #include "common/dtype.h"

@@ -30,7 +30,8 @@ struct Shape {
 };
 
 inline Shape check_rows(const Tensor& x) {
-    NG_CHECK(is_floating(dtype(x)), "x must be float32, bfloat16, float16 or float64, got ", name_of(dtype(x)));
+    NG_CHECK(is_floating(dtype(x)), "x must be float32, bfloat16, float16 or float64, got ",
+             name_of(dtype(x)));
     NG_CHECK(x.dim() >= 1, "x must have at least one dimension");
     NG_CHECK(x.is_contiguous(), "x must be contiguous; call .contiguous() first");
     Shape shape{1, x.size(x.dim() - 1)};

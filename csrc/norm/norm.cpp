@@ -1,9 +1,10 @@
 // LayerNorm and RMSNorm, plain and with a fused residual add: the bindings.
+#include "norm/norm.h"
+
 #include <cmath>
 #include <utility>
 
 #include "norm/guards.h"
-#include "norm/norm.h"
 
 #if !NARROWGAUGE_CPU
 #include "norm/norm_launch.h"
@@ -88,21 +89,22 @@ Tensor rms_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTen
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x, const OptionalTensor& weight,
-                                                      const OptionalTensor& bias, double eps, double weight_offset,
-                                                      const OptionalDType& out_dtype) {
+                                                      const OptionalTensor& bias, double eps,
+                                                      double weight_offset, const OptionalDType& out_dtype) {
     Forward out = forward(x, {}, weight, bias, eps, weight_offset, out_dtype, true, true);
     return {std::move(out.y), std::move(*out.mean), std::move(*out.rstd)};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                                            double eps, double weight_offset, const OptionalDType& out_dtype) {
+std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const OptionalTensor& weight,
+                                            const OptionalTensor& bias, double eps, double weight_offset,
+                                            const OptionalDType& out_dtype) {
     Forward out = forward(x, {}, weight, bias, eps, weight_offset, out_dtype, false, true);
     return {std::move(out.y), std::move(*out.rstd)};
 }
 
-std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, const OptionalTensor& weight,
-                                          const OptionalTensor& bias, double eps, double weight_offset,
-                                          const OptionalDType& out_dtype) {
+std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual,
+                                          const OptionalTensor& weight, const OptionalTensor& bias,
+                                          double eps, double weight_offset, const OptionalDType& out_dtype) {
     Forward out = forward(x, residual, weight, bias, eps, weight_offset, out_dtype, true, false);
     return {std::move(out.y), std::move(*out.residual_out)};
 }
@@ -124,8 +126,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& 
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm_forward(const Tensor& x, const Tensor& residual,
-                                                        const OptionalTensor& weight, const OptionalTensor& bias,
-                                                        double eps, double weight_offset,
+                                                        const OptionalTensor& weight,
+                                                        const OptionalTensor& bias, double eps,
+                                                        double weight_offset,
                                                         const OptionalDType& out_dtype) {
     Forward out = forward(x, residual, weight, bias, eps, weight_offset, out_dtype, false, true);
     return {std::move(out.y), std::move(*out.residual_out), std::move(*out.rstd)};
@@ -219,8 +222,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& mean,
                                                        const Tensor& rstd, const OptionalTensor& weight,
-                                                       const OptionalTensor& bias, const OptionalTensor& dresidual,
-                                                       double weight_offset, bool affine_gradients) {
+                                                       const OptionalTensor& bias,
+                                                       const OptionalTensor& dresidual, double weight_offset,
+                                                       bool affine_gradients) {
     return backward(dy, x, mean, rstd, weight, bias, dresidual, weight_offset, affine_gradients);
 }
 

@@ -51,7 +51,8 @@ struct BackwardLaunch {
 
 BackwardLaunch backward_launch(const NormBackward& args) {
     const int width = static_cast<int>(16 / size_of(args.x_type));
-    const bool vector = args.columns % width == 0 && aligned({args.dy, args.x, args.weight, args.dresidual, args.dx});
+    const bool vector =
+        args.columns % width == 0 && aligned({args.dy, args.x, args.weight, args.dresidual, args.dx});
     BackwardLaunch result{};
     result.width = vector ? width : 1;
     result.plan = plan_for(backward_plans, (args.columns + result.width - 1) / result.width);
@@ -61,8 +62,10 @@ BackwardLaunch backward_launch(const NormBackward& args) {
         result.blocks = wanted;
         result.chunks = std::clamp<int64_t>(args.rows / 64, 1, 64);
     } else {
-        // A persistent grid: blocks for about 1024 threads on each multiprocessor, less work than that for few rows.
-        const int64_t filling = static_cast<int64_t>(multiprocessor_count()) * (1024 / block_threads(result.plan));
+        // A persistent grid: blocks for about 1024 threads on each multiprocessor, less work than that for
+        // few rows.
+        const int64_t filling =
+            static_cast<int64_t>(multiprocessor_count()) * (1024 / block_threads(result.plan));
         result.blocks = std::clamp<int64_t>(wanted, 1, filling);
         result.chunks = result.blocks * rows;
     }
@@ -73,16 +76,19 @@ template <class S, int Width, int Vectors>
 void backward_planned(const NormBackward& args, const BackwardLaunch& how, Stream stream) {
     using A = compute_t<S>;
     const LaunchConfig rows{dim3(static_cast<unsigned>(how.blocks)),
-                            dim3(static_cast<unsigned>(block_threads(how.plan))), max_warps * sizeof(A), 1, stream};
-    const LaunchConfig columns{dim3(static_cast<unsigned>((args.columns + tile - 1) / tile),
-                                    static_cast<unsigned>(how.chunks)),
-                               dim3(tile, tile), tile * (tile + 1) * sizeof(A), 1, stream};
+                            dim3(static_cast<unsigned>(block_threads(how.plan))), max_warps * sizeof(A), 1,
+                            stream};
+    const LaunchConfig columns{
+        dim3(static_cast<unsigned>((args.columns + tile - 1) / tile), static_cast<unsigned>(how.chunks)),
+        dim3(tile, tile), tile * (tile + 1) * sizeof(A), 1, stream};
     const bool sums_apart = Vectors == 0 && (args.dweight_partial || args.dbias_partial);
     if (args.centred) {
-        if (how.blocks > 0) launch(rows, norm_backward_kernel<S, Width, Vectors, true>, args, how.plan.threads);
+        if (how.blocks > 0)
+            launch(rows, norm_backward_kernel<S, Width, Vectors, true>, args, how.plan.threads);
         if (sums_apart) launch(columns, norm_backward_columns_kernel<S, true>, args);
     } else {
-        if (how.blocks > 0) launch(rows, norm_backward_kernel<S, Width, Vectors, false>, args, how.plan.threads);
+        if (how.blocks > 0)
+            launch(rows, norm_backward_kernel<S, Width, Vectors, false>, args, how.plan.threads);
         if (sums_apart) launch(columns, norm_backward_columns_kernel<S, false>, args);
     }
 }
@@ -113,10 +119,14 @@ void reduce_of(const NormReduce& args, Stream stream) {
 
 void launch_norm_forward(const NormForward& args, Stream stream) {
     switch (args.x_type) {
-        case DType::float64: return forward_of<double>(args, stream);
-        case DType::bfloat16: return forward_of<bf16>(args, stream);
-        case DType::float16: return forward_of<f16>(args, stream);
-        default: return forward_of<float>(args, stream);
+        case DType::float64:
+            return forward_of<double>(args, stream);
+        case DType::bfloat16:
+            return forward_of<bf16>(args, stream);
+        case DType::float16:
+            return forward_of<f16>(args, stream);
+        default:
+            return forward_of<float>(args, stream);
     }
 }
 
@@ -124,19 +134,27 @@ int64_t norm_backward_chunks_on_device(const NormBackward& args) { return backwa
 
 void launch_norm_backward(const NormBackward& args, Stream stream) {
     switch (args.x_type) {
-        case DType::float64: return backward_of<double>(args, stream);
-        case DType::bfloat16: return backward_of<bf16>(args, stream);
-        case DType::float16: return backward_of<f16>(args, stream);
-        default: return backward_of<float>(args, stream);
+        case DType::float64:
+            return backward_of<double>(args, stream);
+        case DType::bfloat16:
+            return backward_of<bf16>(args, stream);
+        case DType::float16:
+            return backward_of<f16>(args, stream);
+        default:
+            return backward_of<float>(args, stream);
     }
 }
 
 void launch_norm_reduce(const NormReduce& args, Stream stream) {
     switch (args.result_type) {
-        case DType::float64: return reduce_of<double, double>(args, stream);
-        case DType::bfloat16: return reduce_of<float, bf16>(args, stream);
-        case DType::float16: return reduce_of<float, f16>(args, stream);
-        default: return reduce_of<float, float>(args, stream);
+        case DType::float64:
+            return reduce_of<double, double>(args, stream);
+        case DType::bfloat16:
+            return reduce_of<float, bf16>(args, stream);
+        case DType::float16:
+            return reduce_of<float, f16>(args, stream);
+        default:
+            return reduce_of<float, float>(args, stream);
     }
 }
 

@@ -1,8 +1,9 @@
 // CUDA kernels of the LayerNorm / RMSNorm family.
 //
-// A group of `threads_per_row` consecutive threads shares a row; a block holds several groups when rows are short. Each
-// thread owns `Vectors` vectors of `Width` elements of the row, `threads_per_row` vectors apart, and keeps them in
-// registers, so that a row is read once. Vectors = 0 stands for a row too long for that: it is read again at each pass.
+// A group of `threads_per_row` consecutive threads shares a row; a block holds several groups when rows are
+// short. Each thread owns `Vectors` vectors of `Width` elements of the row, `threads_per_row` vectors apart,
+// and keeps them in registers, so that a row is read once. Vectors = 0 stands for a row too long for that: it
+// is read again at each pass.
 #pragma once
 
 #include "common/reduce.cuh"
@@ -36,8 +37,8 @@ __device__ __forceinline__ void store_row(Global<T> target, int64_t i, const A (
     }
 }
 
-// A tensor beside x whose type is known at run time only (the branch is the same for the whole grid): anything that is
-// computed in A.
+// A tensor beside x whose type is known at run time only (the branch is the same for the whole grid):
+// anything that is computed in A.
 struct Beside {
     const void* raw;
     DType type;
@@ -72,7 +73,8 @@ __device__ __forceinline__ void store_beside(void* raw, DType type, const char* 
     }
 }
 
-// --- forward ---------------------------------------------------------------------------------------------------
+// --- forward
+// ---------------------------------------------------------------------------------------------------
 
 template <class X, int Width, int Vectors, bool Centred>
 __global__ void __launch_bounds__(512, 1) norm_forward_kernel(NormForward args, int threads_per_row) {
@@ -86,14 +88,15 @@ __global__ void __launch_bounds__(512, 1) norm_forward_kernel(NormForward args, 
     const int64_t columns = args.columns, base = row * columns;
     const A per_column = static_cast<A>(args.per_column);
     const bool active = row < args.rows;  // idle groups still take part in the barriers
-    const int64_t stride = static_cast<int64_t>(threads_per_row) * Width, first = active ? lane * Width : columns;
+    const int64_t stride = static_cast<int64_t>(threads_per_row) * Width,
+                  first = active ? lane * Width : columns;
 
     const auto x = global<const X>(args.x, "x");
     const Beside residual{args.residual, args.residual_type, "residual"};
     const Beside weight{args.weight, args.weight_type, "weight"};
     const Beside bias{args.bias, args.bias_type, "bias"};
 
-    const auto load_sum = [&](int64_t j, A (&values)[Width]) {
+    const auto load_sum = [&](int64_t j, A(&values)[Width]) {
         load_row<Width>(x, base + j, values);
         if (residual) {
             A added[Width];
@@ -103,7 +106,8 @@ __global__ void __launch_bounds__(512, 1) norm_forward_kernel(NormForward args, 
         }
     };
 
-    // The row in registers: visit(f) calls f(j, values) for each vector of this thread. A long row is loaded each time.
+    // The row in registers: visit(f) calls f(j, values) for each vector of this thread. A long row is loaded
+    // each time.
     constexpr bool in_registers = Vectors > 0;
     A kept[in_registers ? Vectors : 1][Width];
     if constexpr (in_registers) {
@@ -167,11 +171,12 @@ __global__ void __launch_bounds__(512, 1) norm_forward_kernel(NormForward args, 
     });
 }
 
-// --- backward --------------------------------------------------------------------------------------------------
+// --- backward
+// --------------------------------------------------------------------------------------------------
 
-
-// dx, and the partial sums of dweight and dbias. Group c of threads walks the rows c, c + chunks, c + 2 chunks, ...
-// and owns row c of the partial buffers. With Vectors = 0 it writes dx alone; norm_backward_columns_kernel does the rest.
+// dx, and the partial sums of dweight and dbias. Group c of threads walks the rows c, c + chunks, c + 2
+// chunks, ... and owns row c of the partial buffers. With Vectors = 0 it writes dx alone;
+// norm_backward_columns_kernel does the rest.
 template <class S, int Width, int Vectors, bool Centred>
 __global__ void __launch_bounds__(512, 1) norm_backward_kernel(NormBackward args, int threads_per_row) {
     using A = compute_t<S>;
@@ -281,10 +286,12 @@ __global__ void __launch_bounds__(512, 1) norm_backward_kernel(NormBackward args
             const int64_t j = lane * Width + v * stride;
             if (j >= columns) break;
             if (args.dweight_partial) {
-                store_row<Width>(global<A>(args.dweight_partial, "dweight_partial"), chunk * columns + j, dweight[v]);
+                store_row<Width>(global<A>(args.dweight_partial, "dweight_partial"), chunk * columns + j,
+                                 dweight[v]);
             }
             if (args.dbias_partial) {
-                store_row<Width>(global<A>(args.dbias_partial, "dbias_partial"), chunk * columns + j, dbias[v]);
+                store_row<Width>(global<A>(args.dbias_partial, "dbias_partial"), chunk * columns + j,
+                                 dbias[v]);
             }
         }
     }
@@ -305,7 +312,8 @@ __device__ __forceinline__ A sum_over_tile_rows(A value, Shared<A> sums) {
     return total;
 }
 
-// The partial sums of dweight and dbias for rows too long for registers: block (x, c) takes rows chunk c of the columns.
+// The partial sums of dweight and dbias for rows too long for registers: block (x, c) takes rows chunk c of
+// the columns.
 template <class S, bool Centred>
 __global__ void __launch_bounds__(1024) norm_backward_columns_kernel(NormBackward args) {
     using A = compute_t<S>;
@@ -344,7 +352,8 @@ __global__ void __launch_bounds__(1024) norm_reduce_kernel(NormReduce args) {
     const auto partial = global<const A>(args.partial, "partial");
     A sum = 0;
     if (j < args.columns) {
-        for (int64_t chunk = threadIdx.y; chunk < args.chunks; chunk += tile) sum += partial[chunk * args.columns + j];
+        for (int64_t chunk = threadIdx.y; chunk < args.chunks; chunk += tile)
+            sum += partial[chunk * args.columns + j];
     }
     sum = sum_over_tile_rows(sum, sums);
     if (j < args.columns && threadIdx.y == 0) {

@@ -29,11 +29,12 @@ struct NormForward {
 };
 
 //     h = dy * (weight + weight_offset)
-//     dx = rstd * (h - mean(h) - x_hat * mean(h * x_hat)) (+ dresidual)     without the middle term for RMSNorm
-//     dweight = sum over rows of dy * x_hat,   dbias = sum over rows of dy
+//     dx = rstd * (h - mean(h) - x_hat * mean(h * x_hat)) (+ dresidual)     without the middle term for
+//     RMSNorm dweight = sum over rows of dy * x_hat,   dbias = sum over rows of dy
 //
-// Each of `chunks` groups of consecutive rows (CPU) or blocks (CUDA) sums its rows into one row of the partial buffers;
-// a second step adds these in order. The cut depends on the shape alone, so results do not depend on the thread count.
+// Each of `chunks` groups of consecutive rows (CPU) or blocks (CUDA) sums its rows into one row of the
+// partial buffers; a second step adds these in order. The cut depends on the shape alone, so results do not
+// depend on the thread count.
 struct NormBackward {
     const void* dy;
     const void* x;  // the normalized sum s: `residual_out` of the forward when there was a residual

@@ -1,7 +1,7 @@
 // CPU kernels of the LayerNorm / RMSNorm family.
 //
-// A row is read from memory once and stays in the first-level cache for the passes that follow. Types: X of x, S of
-// residual and residual_out, Y of y; the arithmetic is in A = float (double for double).
+// A row is read from memory once and stays in the first-level cache for the passes that follow. Types: X of
+// x, S of residual and residual_out, Y of y; the arithmetic is in A = float (double for double).
 #include <cmath>
 #include <type_traits>
 
@@ -72,9 +72,10 @@ void forward_rows(const NormForward& args, int64_t begin, int64_t end) {
     using A = compute_t<X>;
     const int64_t columns = args.columns;
     Scratch<A> weight_space(columns), bias_space(args.bias ? columns : 0);
-    const A* weight = widened<A>(args.weight, args.weight_type, static_cast<A>(args.weight_offset), A(1), columns,
-                                 weight_space.get());
-    const A* bias = args.bias ? widened<A>(args.bias, args.bias_type, A(0), A(0), columns, bias_space.get()) : nullptr;
+    const A* weight = widened<A>(args.weight, args.weight_type, static_cast<A>(args.weight_offset), A(1),
+                                 columns, weight_space.get());
+    const A* bias =
+        args.bias ? widened<A>(args.bias, args.bias_type, A(0), A(0), columns, bias_space.get()) : nullptr;
 
     for (int64_t row = begin; row < end; ++row) {
         const X* x = row_of<X>(args.x, row, columns);
@@ -108,12 +109,26 @@ void forward_rows(const NormForward& args, int64_t begin, int64_t end) {
         if constexpr (Centred) {
             mean = sum_row<A>(columns, kept_pack, kept_scalar) / static_cast<A>(columns);
             sum_of_squares = sum_row<A>(
-                columns, [=](int64_t j) { const auto d = pack(j) - mean; return d * d; },
-                [=](int64_t j) { const A d = scalar(j) - mean; return d * d; });
+                columns,
+                [=](int64_t j) {
+                    const auto d = pack(j) - mean;
+                    return d * d;
+                },
+                [=](int64_t j) {
+                    const A d = scalar(j) - mean;
+                    return d * d;
+                });
         } else {
             sum_of_squares = sum_row<A>(
-                columns, [=](int64_t j) { const auto v = kept_pack(j); return v * v; },
-                [=](int64_t j) { const A v = kept_scalar(j); return v * v; });
+                columns,
+                [=](int64_t j) {
+                    const auto v = kept_pack(j);
+                    return v * v;
+                },
+                [=](int64_t j) {
+                    const A v = kept_scalar(j);
+                    return v * v;
+                });
         }
         const A rstd = A(1) / std::sqrt(sum_of_squares / static_cast<A>(columns) + static_cast<A>(args.eps));
         if (args.mean) static_cast<A*>(args.mean)[row] = mean;
@@ -150,8 +165,8 @@ void backward_chunks(const NormBackward& args, int64_t begin, int64_t end) {
     using A = compute_t<S>;
     const int64_t columns = args.columns;
     Scratch<A> weight_space(columns);
-    const A* weight = widened<A>(args.weight, args.weight_type, static_cast<A>(args.weight_offset), A(1), columns,
-                                 weight_space.get());
+    const A* weight = widened<A>(args.weight, args.weight_type, static_cast<A>(args.weight_offset), A(1),
+                                 columns, weight_space.get());
 
     for (int64_t chunk = begin; chunk < end; ++chunk) {
         A* dweight = args.dweight_partial ? row_of<A>(args.dweight_partial, chunk, columns) : nullptr;
@@ -202,7 +217,8 @@ void backward_chunks(const NormBackward& args, int64_t begin, int64_t end) {
                         d *= rstd;
                         if constexpr (with_dresidual) d += load_pack(dresidual + j);
                         store_pack(dx + j, d);
-                        if constexpr (with_dweight) store_pack(dweight + j, load_pack(dweight + j) + g * x_hat);
+                        if constexpr (with_dweight)
+                            store_pack(dweight + j, load_pack(dweight + j) + g * x_hat);
                         if constexpr (with_dbias) store_pack(dbias + j, load_pack(dbias + j) + g);
                     },
                     [=](int64_t j) {
@@ -239,7 +255,8 @@ void backward_chunks(const NormBackward& args, int64_t begin, int64_t end) {
     }
 }
 
-// Turns the run-time types into template arguments: each stream has the type of x, or is float beside a narrow x.
+// Turns the run-time types into template arguments: each stream has the type of x, or is float beside a
+// narrow x.
 template <class X, class S, class Y>
 void forward_with_types(const NormForward& args, int64_t begin, int64_t end) {
     if (args.centred) {
@@ -277,10 +294,17 @@ void reduce_columns(const NormReduce& args, int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
         const A sum = sums.get()[j - begin];
         switch (args.result_type) {
-            case DType::float64: static_cast<double*>(args.result)[j] = sum; break;
-            case DType::bfloat16: static_cast<bf16*>(args.result)[j] = from_float<bf16>(static_cast<float>(sum)); break;
-            case DType::float16: static_cast<f16*>(args.result)[j] = from_float<f16>(static_cast<float>(sum)); break;
-            default: static_cast<float*>(args.result)[j] = static_cast<float>(sum);
+            case DType::float64:
+                static_cast<double*>(args.result)[j] = sum;
+                break;
+            case DType::bfloat16:
+                static_cast<bf16*>(args.result)[j] = from_float<bf16>(static_cast<float>(sum));
+                break;
+            case DType::float16:
+                static_cast<f16*>(args.result)[j] = from_float<f16>(static_cast<float>(sum));
+                break;
+            default:
+                static_cast<float*>(args.result)[j] = static_cast<float>(sum);
         }
     }
 }
@@ -289,17 +313,22 @@ void reduce_columns(const NormReduce& args, int64_t begin, int64_t end) {
 
 void norm_forward_rows(const NormForward& args, int64_t begin, int64_t end) {
     switch (args.x_type) {
-        case DType::float64: return forward_with_types<double, double, double>(args, begin, end);
-        case DType::bfloat16: return forward_narrow<bf16>(args, begin, end);
-        case DType::float16: return forward_narrow<f16>(args, begin, end);
-        default: return forward_with_types<float, float, float>(args, begin, end);
+        case DType::float64:
+            return forward_with_types<double, double, double>(args, begin, end);
+        case DType::bfloat16:
+            return forward_narrow<bf16>(args, begin, end);
+        case DType::float16:
+            return forward_narrow<f16>(args, begin, end);
+        default:
+            return forward_with_types<float, float, float>(args, begin, end);
     }
 }
 
 void norm_backward_chunks(const NormBackward& args, int64_t begin, int64_t end) {
     const bool wide_dy = args.dy_type == DType::float32;
     switch (args.x_type) {
-        case DType::float64: return backward_with_types<double, double>(args, begin, end);
+        case DType::float64:
+            return backward_with_types<double, double>(args, begin, end);
         case DType::bfloat16:
             return wide_dy ? backward_with_types<bf16, float>(args, begin, end)
                            : backward_with_types<bf16, bf16>(args, begin, end);

@@ -12,10 +12,10 @@ struct Plan {
     int threads, vectors;
 };
 
-// The forward holds up to 32 values a thread. Short rows share a warp; a warp's reduction needs no barrier, so a row
-// stays in one warp until its registers are full.
-constexpr Plan forward_plans[] = {{8, 8, 1},     {16, 16, 1},   {32, 32, 1},    {128, 32, 4},
-                                  {256, 64, 4},  {512, 128, 4}, {1024, 256, 4}, {2048, 512, 4}};
+// The forward holds up to 32 values a thread. Short rows share a warp; a warp's reduction needs no barrier,
+// so a row stays in one warp until its registers are full.
+constexpr Plan forward_plans[] = {{8, 8, 1},    {16, 16, 1},   {32, 32, 1},    {128, 32, 4},
+                                  {256, 64, 4}, {512, 128, 4}, {1024, 256, 4}, {2048, 512, 4}};
 
 template <int Count>
 Plan plan_for(const Plan (&plans)[Count], int64_t vectors) {

@@ -44,16 +44,16 @@ def last_size(function: str, x: Tensor) -> tuple[int]:
 
 
 def residual_as(function: str, x: Tensor, residual: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The residual in the dtype that the returned sum is to have."""
+    """The residual, widened first where the sum is to be wider than it."""
     if not isinstance(residual, Tensor):
         raise TypeError(f"{function}: residual must be a tensor, got {type(residual).__name__}")
-    if dtype is None or dtype == residual.dtype:
+    if dtype is None:
         return residual
     if dtype not in (x.dtype, torch.float32) or (x.dtype == torch.float64 and dtype != torch.float64):
         raise TypeError(
             f"{function}: residual_dtype is {dtype} for x of {x.dtype}; expected that dtype or float32"
         )
-    return residual.to(dtype)
+    return residual.to(dtype) if residual.dtype == x.dtype else residual
 
 
 def check(

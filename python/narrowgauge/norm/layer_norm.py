@@ -206,7 +206,10 @@ def add_layer_norm(
     sizes = _arguments.last_size("add_layer_norm", x)
     residual = _arguments.residual_as("add_layer_norm", x, residual, residual_dtype)
     _arguments.check("add_layer_norm", x, sizes, weight, bias, eps, out_dtype, residual)
-    return _add_layer_norm(x.contiguous(), residual.contiguous(), weight, bias, eps, weight_offset, out_dtype)
+    y, residual_out = _add_layer_norm(
+        x.contiguous(), residual.contiguous(), weight, bias, eps, weight_offset, out_dtype
+    )
+    return y, residual_out if residual_dtype is None else residual_out.to(residual_dtype)
 
 
 class LayerNorm(nn.Module):

@@ -213,7 +213,10 @@ def add_rms_norm(
     sizes = _arguments.last_size("add_rms_norm", x)
     residual = _arguments.residual_as("add_rms_norm", x, residual, residual_dtype)
     _arguments.check("add_rms_norm", x, sizes, weight, bias, eps, out_dtype, residual)
-    return _add_rms_norm(x.contiguous(), residual.contiguous(), weight, bias, eps, weight_offset, out_dtype)
+    y, residual_out = _add_rms_norm(
+        x.contiguous(), residual.contiguous(), weight, bias, eps, weight_offset, out_dtype
+    )
+    return y, residual_out if residual_dtype is None else residual_out.to(residual_dtype)
 
 
 class RMSNorm(nn.Module):
