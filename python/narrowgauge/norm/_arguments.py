@@ -99,6 +99,11 @@ def check(
         )
 
 
+def packed(vector: Tensor | None) -> Tensor | None:
+    """A weight or bias as kernels take it."""
+    return None if vector is None else vector.contiguous()
+
+
 def machine_eps(dtype: torch.dtype) -> float:
     """What ``eps=None`` means: the machine epsilon of the compute dtype, as in ``torch.nn.functional.rms_norm``."""
     return torch.finfo(compute_dtype(dtype)).eps
@@ -114,7 +119,7 @@ def flattened(
 ) -> Tensor:
     """Calls an operator over the last dimension with several trailing dimensions flattened into it."""
     rows = x.reshape(*x.shape[: -len(sizes)], math.prod(sizes)).contiguous()
-    weight, bias = (None if vector is None else vector.flatten() for vector in (weight, bias))
+    weight, bias = (None if vector is None else vector.flatten().contiguous() for vector in (weight, bias))
     return norm(rows, weight, bias, *rest).view(x.shape)
 
 

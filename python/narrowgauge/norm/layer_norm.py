@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowgauge.norm import _arguments, _autograd, _reference
-from narrowgauge.norm._arguments import Shape
+from narrowgauge.norm._arguments import Shape, packed
 from narrowgauge.ops import Sample, SampleMaker, checks, library, operator
 
 
@@ -168,7 +168,7 @@ def layer_norm(
     sizes = _arguments.normalized_sizes("layer_norm", x, normalized_shape)
     _arguments.check("layer_norm", x, sizes, weight, bias, eps, out_dtype)
     if len(sizes) == 1:
-        return _layer_norm(x.contiguous(), weight, bias, eps, weight_offset, out_dtype)
+        return _layer_norm(x.contiguous(), packed(weight), packed(bias), eps, weight_offset, out_dtype)
     return _arguments.flattened(_layer_norm, x, sizes, weight, bias, eps, weight_offset, out_dtype)
 
 
@@ -207,7 +207,7 @@ def add_layer_norm(
     residual = _arguments.residual_as("add_layer_norm", x, residual, residual_dtype)
     _arguments.check("add_layer_norm", x, sizes, weight, bias, eps, out_dtype, residual)
     y, residual_out = _add_layer_norm(
-        x.contiguous(), residual.contiguous(), weight, bias, eps, weight_offset, out_dtype
+        x.contiguous(), residual.contiguous(), packed(weight), packed(bias), eps, weight_offset, out_dtype
     )
     return y, residual_out if residual_dtype is None else residual_out.to(residual_dtype)
 

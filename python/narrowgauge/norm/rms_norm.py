@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowgauge.norm import _arguments, _autograd, _reference
-from narrowgauge.norm._arguments import Shape
+from narrowgauge.norm._arguments import Shape, packed
 from narrowgauge.ops import Sample, SampleMaker, checks, library, operator
 
 
@@ -175,7 +175,7 @@ def rms_norm(
         eps = _arguments.machine_eps(x.dtype)
     _arguments.check("rms_norm", x, sizes, weight, bias, eps, out_dtype)
     if len(sizes) == 1:
-        return _rms_norm(x.contiguous(), weight, bias, eps, weight_offset, out_dtype)
+        return _rms_norm(x.contiguous(), packed(weight), packed(bias), eps, weight_offset, out_dtype)
     return _arguments.flattened(_rms_norm, x, sizes, weight, bias, eps, weight_offset, out_dtype)
 
 
@@ -214,7 +214,7 @@ def add_rms_norm(
     residual = _arguments.residual_as("add_rms_norm", x, residual, residual_dtype)
     _arguments.check("add_rms_norm", x, sizes, weight, bias, eps, out_dtype, residual)
     y, residual_out = _add_rms_norm(
-        x.contiguous(), residual.contiguous(), weight, bias, eps, weight_offset, out_dtype
+        x.contiguous(), residual.contiguous(), packed(weight), packed(bias), eps, weight_offset, out_dtype
     )
     return y, residual_out if residual_dtype is None else residual_out.to(residual_dtype)
 

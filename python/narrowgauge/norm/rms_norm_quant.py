@@ -137,7 +137,7 @@ def rms_norm_quant(
                     "under torch.no_grad(), or use rms_norm and quantize its result"
                 )
     scheme = Scheme(qdtype, granularity)
-    x = x.contiguous()
+    x, weight, bias = x.contiguous(), _arguments.packed(weight), _arguments.packed(bias)
     if residual is None:
         codes, scale = rms_norm_quant_op(x, weight, bias, eps, weight_offset, qdtype)
         return Quantized(codes, scale, None, scheme, x.shape)
