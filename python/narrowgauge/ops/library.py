@@ -53,7 +53,7 @@ class _State:
 
     def select(self, backend: Backend) -> None:
         if backend not in ("auto", "reference", "native"):
-            raise ValueError(f'backend must be "auto", "reference" or "native", got {backend!r}')
+            raise ValueError(f'backend (NARROWGAUGE_BACKEND) must be "auto", "reference" or "native", got {backend!r}')
         if backend == "native" and not (self.cpu.loaded or self.cuda.loaded):
             raise RuntimeError(f'backend "native" is not available: {self.cpu.reason or self.cuda.reason}')
         self.backend = backend
@@ -119,7 +119,7 @@ def _load(library: NativeLibrary) -> None:
 
 
 def load() -> None:
-    """Loads the libraries; called once at import. Never raises: what went wrong is in :func:`info`."""
+    """Loads the libraries; called once at import. Where a library does not load, :func:`info` says why."""
     _load(state.cpu)
     if torch.version.cuda is None:
         state.cuda.reason = "this PyTorch has no CUDA"
