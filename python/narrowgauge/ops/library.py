@@ -53,7 +53,9 @@ class _State:
 
     def select(self, backend: Backend) -> None:
         if backend not in ("auto", "reference", "native"):
-            raise ValueError(f'backend (NARROWGAUGE_BACKEND) must be "auto", "reference" or "native", got {backend!r}')
+            raise ValueError(
+                f'backend (NARROWGAUGE_BACKEND) must be "auto", "reference" or "native", got {backend!r}'
+            )
         if backend == "native" and not (self.cpu.loaded or self.cuda.loaded):
             raise RuntimeError(f'backend "native" is not available: {self.cpu.reason or self.cuda.reason}')
         self.backend = backend
