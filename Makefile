@@ -59,7 +59,7 @@ gpu-bench:
 	PYTHONPATH=python $(PYTHON) -m narrowgauge.cli bench --device cuda $(ARGS)
 
 wheel: $(VENV)/.dev
-	rm -rf build/lib
+	rm -rf build/lib* build/bdist* dist
 	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
