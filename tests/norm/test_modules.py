@@ -7,6 +7,7 @@ import inspect
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.tolerances import assert_near, assert_same_bits
@@ -206,3 +207,10 @@ def test_constructors_refuse_what_they_do_not_know() -> None:
         for eps in (-1e-6, float("nan"), float("inf"), "1e-6"):
             with pytest.raises(ValueError, match="eps must be a finite number >= 0"):
                 module(8, eps)
+
+
+@pytest.mark.parametrize("layer", [ng.nn.LayerNorm, ng.nn.RMSNorm])
+def test_normalized_shape_may_be_any_integer(layer: type[nn.Module]) -> None:
+    assert layer(np.int64(8))(torch.randn(2, 8)).shape == (2, 8)
+    with pytest.raises(TypeError, match=r"normalized_shape must be an integer .*2\.5"):
+        layer(2.5)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
+from typing import SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +18,16 @@ Shape = int | Sequence[int]
 
 def as_sizes(normalized_shape: Shape) -> tuple[int, ...]:
     """`normalized_shape` as a tuple."""
-    if type(normalized_shape) is tuple:
-        return normalized_shape
-    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if isinstance(normalized_shape, int):
+        return (normalized_shape,)
+    if isinstance(normalized_shape, (tuple, list)):
+        return tuple(normalized_shape)
+    try:
+        return (operator.index(cast(SupportsIndex, normalized_shape)),)  # such as a NumPy integer
+    except TypeError:
+        raise TypeError(
+            f"normalized_shape must be an integer or a sequence of integers, got {normalized_shape!r}"
+        ) from None
 
 
 def normalized_sizes(function: str, x: Tensor, normalized_shape: Shape) -> tuple[int, ...]:

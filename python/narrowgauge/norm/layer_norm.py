@@ -160,7 +160,8 @@ def layer_norm(
 
     Source: arXiv 1607.06450.
     """
-    if library.kernel_checks(x) and x.shape[-1:] == _arguments.as_sizes(normalized_shape):
+    sizes = normalized_shape if type(normalized_shape) is tuple else _arguments.as_sizes(normalized_shape)
+    if library.kernel_checks(x) and x.shape[-1:] == sizes:
         try:
             return _layer_norm.call_kernel(x, weight, bias, eps, weight_offset, out_dtype)
         except (RuntimeError, TypeError):

@@ -158,7 +158,8 @@ def rms_norm(
 
     Source: arXiv 1910.07467, with eps inside the root.
     """
-    if library.kernel_checks(x) and x.shape[-1:] == _arguments.as_sizes(normalized_shape):
+    sizes = normalized_shape if type(normalized_shape) is tuple else _arguments.as_sizes(normalized_shape)
+    if library.kernel_checks(x) and x.shape[-1:] == sizes:
         try:
             return _rms_norm.call_kernel(
                 x,

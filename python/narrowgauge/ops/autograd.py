@@ -32,6 +32,7 @@ class Differentiable:
     ) -> None:
         self.name = inference.name
         self.inference = inference
+        self._kernel = inference.overload._op  # without the Python method around it
         self._apply = fused_function(self.name, forward, setup, backward).apply
 
     def __call__(self, *args: Any) -> Any:
@@ -45,18 +46,21 @@ class Differentiable:
 
     def call_kernel(self, *args: Any) -> Any:
         """The same, a little cheaper, where :func:`~narrowgauge.ops.library.kernel_checks` is true."""
-        if _transformed():
+        if _functorch_active() or forward_ad._current_level >= 0:
             return self.inference.reference(*args)
         if torch.is_grad_enabled():
             for argument in args:
                 if isinstance(argument, Tensor) and argument.requires_grad:
                     return self._apply(*args)
-        return self.inference.overload(*args)
+        return self._kernel(*args)
+
+
+_functorch_active = torch._C._are_functorch_transforms_active
 
 
 def _transformed() -> bool:
     """Inside a torch.func transform or forward-mode differentiation, which see plain PyTorch only."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _functorch_active() or forward_ad._current_level >= 0
 
 
 def fused_function(
