@@ -12,6 +12,7 @@ from narrowgauge.cli.files import write_atomically
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.patches import Patch
 
 
 def save(figure: Any, path: Path) -> None:
@@ -48,25 +49,30 @@ def plot_speedups(result: dict[str, Any], path: Path) -> None:
     """One bar per case and contestant: how many times faster ours is, with the spread over rounds."""
     cases = result["cases"]
     rivals = list(dict.fromkeys(name for case in cases for name in case["speedups"]))
-    figure, axes = plt.subplots(
-        figsize=(8, 1.2 + 0.28 * len(cases) * max(len(rivals), 1)), layout="constrained"
-    )
-    thickness = 0.8 / max(len(rivals), 1)
-    for index, rival in enumerate(rivals):
-        rows = [(row, case["speedups"][rival]) for row, case in enumerate(cases) if rival in case["speedups"]]
-        places = [row + (index - (len(rivals) - 1) / 2) * thickness for row, _ in rows]
-        beyond = [spread["median"] - 1 for _, spread in rows]  # bars grow from 1, the tie, to either side
-        reach = [
-            [spread["median"] - spread["p20"] for _, spread in rows],
-            [spread["p80"] - spread["median"] for _, spread in rows],
-        ]
-        label, thin = f"against {rival}", {"linewidth": 0.8}
-        axes.barh(places, beyond, thickness, left=1.0, xerr=reach, error_kw=thin, label=label)
+    colors = {rival: f"C{index % 10}" for index, rival in enumerate(rivals)}
+    bars = sum(len(case["speedups"]) for case in cases)
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.13 * (bars + len(cases))), layout="constrained")
+    place, middles = 0.0, []
+    for case in cases:
+        first = place
+        for rival, spread in case["speedups"].items():
+            reach = [[spread["median"] - spread["p20"]], [spread["p80"] - spread["median"]]]
+            axes.barh(  # from 1, the tie, to either side
+                place, spread["median"] - 1, 0.9, left=1.0, xerr=reach, error_kw={"linewidth": 0.8},
+                color=colors[rival],
+            )  # fmt: skip
+            place += 1
+        middles.append((first + place - 1) / 2)
+        place += 1  # a gap between cases
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axes.set_yticks(range(len(cases)), [case["name"] for case in cases], fontsize=8)
-    axes.invert_yaxis()
+    ticks = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16)
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks], minor=False)
+    axes.minorticks_off()
+    axes.set_yticks(middles, [case["name"] for case in cases], fontsize=6)
+    axes.set_ylim(place, -1.5)
     axes.set_xlabel("times faster (right of 1: ours is faster)")
-    axes.legend(fontsize=8)
+    axes.legend(
+        handles=[Patch(color=colors[rival], label=f"against {rival}") for rival in rivals], fontsize=7
+    )
     save(figure, path)
