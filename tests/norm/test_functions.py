@@ -15,7 +15,7 @@ from torch import Tensor
 
 import narrowgauge as ng
 from narrowgauge.nn import functional as ngf
-from narrowgauge.ops import Operator, registry
+from narrowgauge.ops import Operator, SampleMaker, registry
 
 
 @dataclass
@@ -114,6 +114,28 @@ def test_long_and_odd_rows(norm: Norm, columns: int, dtype: torch.dtype) -> None
     )
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert_near(a, e, f"result {i}")
+
+
+@every_run
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(3, 16448), (2, 8209), (130, 8208)], ids=str)
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_rows_beyond_the_registers(run: Any, name: str, rows: int, columns: int, dtype: torch.dtype) -> None:
+    """CUDA reads rows this long once per pass, and sums dweight in a kernel of its own, here in two chunks."""
+    make = SampleMaker(dtype)
+    x, weight, bias, dy = make(rows, columns), make(columns), make(columns), make(rows, columns)
+    forward = (x, weight, bias, 1e-5, 0.0, None)
+    record = registry[f"{name}_forward"]
+    results = run(record, *forward)
+    for i, (a, e) in enumerate(zip(results, run_reference(record, *in_float64(forward)), strict=True)):
+        assert_near(a, e, f"forward, result {i}")
+
+    statistics = run_reference(record, *forward)[1:]
+    backward = (dy, x, *statistics, weight, bias, None, 0.0, True)
+    record = registry[f"{name}_backward"]
+    results = run(record, *backward)
+    for i, (a, e) in enumerate(zip(results, run_reference(record, *in_float64(backward)), strict=True)):
+        assert_near(a, e, f"backward, result {i}")
 
 
 @each_backend
