@@ -100,7 +100,7 @@ def native_backends() -> list[Any]:
 
 
 def all_backends() -> list[Any]:
-    """:func:`native_backends` and the reference."""
+    """`native_backends` and the reference."""
     return [pytest.param(run_reference, id="reference"), *native_backends()]
 
 

@@ -50,7 +50,7 @@ class Entry:
 
 @dataclass
 class SwapReport:
-    """What :func:`swap` or :func:`unswap` did to ``model``. Prints as a table."""
+    """What `swap` or `unswap` did to ``model``. Prints as a table."""
 
     model: nn.Module = field(repr=False)
     replaced: list[Entry] = field(default_factory=list)
@@ -104,7 +104,7 @@ def swap(
         model: Any model; one that is to be sharded is swapped before ``fully_shard``.
         norm: Replace ``nn.LayerNorm``, ``nn.RMSNorm``, and modules that compute an RMSNorm with one weight,
             as Transformers writes it for Llama (``w``) and Gemma (``1 + w``).
-        linear: Recipe of :class:`narrowgauge.quant.Linear` for every ``nn.Linear``, the output head included
+        linear: Recipe of `narrowgauge.quant.Linear` for every ``nn.Linear``, the output head included
             (keep it out with ``filter=lambda name, module: name != "lm_head"``). None leaves them alone.
         inplace: Change ``model`` itself; otherwise a deep copy, which is the report's ``model``.
         filter: ``filter(name, module)`` decides whether a module that can be replaced is. A module that hangs
@@ -115,7 +115,7 @@ def swap(
 
     Parameters are shared, not copied. Modules with hooks, parametrizations or a forward of their own are
     left. The new norms give back their input's dtype and round once. If anything raises, the model is as it
-    was. :func:`unswap` is the way back.
+    was. `unswap` is the way back.
     """
     if not isinstance(norm, bool):
         raise ValueError(f"swap: norm must be True or False; got {norm!r}")
@@ -132,7 +132,7 @@ def swap(
 
 
 def unswap(model: nn.Module, inplace: bool = True) -> SwapReport:
-    """Undoes :func:`swap`: replaced modules are of their old type again, with the parameters they have now.
+    """Undoes `swap`: replaced modules are of their old type again, with the parameters they have now.
 
     Args:
         model: A model that was swapped, or a copy of one, pickled ones included.

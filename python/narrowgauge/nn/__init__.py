@@ -1,4 +1,4 @@
-"""Layers that take the place of those in :mod:`torch.nn`."""
+"""Layers that take the place of those in `torch.nn`."""
 
 from narrowgauge.nn import functional
 from narrowgauge.norm import LayerNorm, RMSNorm

@@ -1,4 +1,4 @@
-"""The functional forms of the layers in :mod:`narrowgauge.nn`."""
+"""The functional forms of the layers in `narrowgauge.nn`."""
 
 from narrowgauge.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, rms_norm_quant
 

@@ -189,7 +189,7 @@ def add_layer_norm(
     Args:
         x: Output of the branch, shape ``(..., d)``.
         residual: Residual stream, shape of x, in the dtype of x or float32.
-        weight, bias, weight_offset, out_dtype: As in :func:`layer_norm`, with shapes ``(d,)``.
+        weight, bias, weight_offset, out_dtype: As in `layer_norm`, with shapes ``(d,)``.
         eps: Added to the variance. Default 1e-5.
         residual_dtype: Dtype of the returned sum, that of x or float32. Default: that of residual.
 
@@ -197,7 +197,7 @@ def add_layer_norm(
         The normed sum and the new residual stream. The norm is taken of the un-rounded sum.
 
     Raises:
-        TypeError, ValueError: As :func:`layer_norm`.
+        TypeError, ValueError: As `layer_norm`.
     """
     if residual_dtype is None and library.kernel_checks(x) and library.kernel_checks(residual):
         try:
@@ -214,7 +214,7 @@ def add_layer_norm(
 
 
 class LayerNorm(nn.Module):
-    """Layer normalization; takes the place of :class:`torch.nn.LayerNorm`.
+    """Layer normalization; takes the place of `torch.nn.LayerNorm`.
 
     Args:
         normalized_shape: Size, or sizes, of the trailing dimensions to normalize over.

@@ -196,7 +196,7 @@ def add_rms_norm(
     Args:
         x: Output of the branch, shape ``(..., d)``.
         residual: Residual stream, shape of x, in the dtype of x or float32.
-        weight, bias, weight_offset, out_dtype: As in :func:`rms_norm`, with shapes ``(d,)``.
+        weight, bias, weight_offset, out_dtype: As in `rms_norm`, with shapes ``(d,)``.
         eps: Added to the mean square. Default 1e-6.
         residual_dtype: Dtype of the returned sum, that of x or float32. Default: that of residual.
 
@@ -204,7 +204,7 @@ def add_rms_norm(
         The normed sum and the new residual stream. The norm is taken of the un-rounded sum.
 
     Raises:
-        TypeError, ValueError: As :func:`rms_norm`.
+        TypeError, ValueError: As `rms_norm`.
     """
     if residual_dtype is None and library.kernel_checks(x) and library.kernel_checks(residual):
         try:
@@ -221,7 +221,7 @@ def add_rms_norm(
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalization; takes the place of :class:`torch.nn.RMSNorm`.
+    """Root mean square normalization; takes the place of `torch.nn.RMSNorm`.
 
     Args:
         normalized_shape: Size, or sizes, of the trailing dimensions to normalize over.

@@ -112,7 +112,7 @@ def rms_norm_quant(
         weight_offset: Added to the weight; 1 for a zero-centred weight, as in Gemma. Default 0.
 
     Returns:
-        The quantized result, as :func:`narrowgauge.quant.quantize` would give it; with `residual` also the
+        The quantized result, as `narrowgauge.quant.quantize` would give it; with `residual` also the
         new residual stream.
 
     Raises:

@@ -45,7 +45,7 @@ class Differentiable:
         return self.inference(*args)
 
     def call_kernel(self, *args: Any) -> Any:
-        """The same, a little cheaper, where :func:`~narrowgauge.ops.library.kernel_checks` is true."""
+        """The same, a little cheaper, where `narrowgauge.ops.library.kernel_checks` is true."""
         if _functorch_active() or forward_ad._current_level >= 0:
             return self.inference.reference(*args)
         if torch.is_grad_enabled():

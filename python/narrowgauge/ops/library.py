@@ -121,7 +121,7 @@ def _load(library: NativeLibrary) -> None:
 
 
 def load() -> None:
-    """Loads the libraries; called once at import. Where a library does not load, :func:`info` says why."""
+    """Loads the libraries; called once at import. Where a library does not load, `info` says why."""
     _load(state.cpu)
     if torch.version.cuda is None:
         state.cuda.reason = "this PyTorch has no CUDA"

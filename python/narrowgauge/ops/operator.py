@@ -46,7 +46,7 @@ class Operator:
     Attributes:
         name: Name in ``torch.ops.narrowgauge``.
         reference: The pure-PyTorch function that defines the operator. It runs wherever there is no kernel.
-        samples: Function of a :class:`SampleMaker` that yields the calls worth testing.
+        samples: Function of a `SampleMaker` that yields the calls worth testing.
         dtypes: Main dtypes the operator takes.
         tolerance: ``"exact"`` when all backends give the same bits, ``"rounding"`` when they agree to rounding.
     """
@@ -117,9 +117,9 @@ def operator(
 
     Args:
         schema: Name and signature in PyTorch's schema language, ``"name(Tensor x, float eps) -> Tensor"``.
-        samples: Yields :class:`Sample` objects from a :class:`SampleMaker`.
+        samples: Yields `Sample` objects from a `SampleMaker`.
         dtypes: Main dtypes to test.
-        tolerance: See :class:`Operator`.
+        tolerance: See `Operator`.
         bytes_moved: Minimum memory traffic of a call; by default every argument and result once.
     """
 

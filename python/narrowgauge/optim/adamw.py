@@ -101,7 +101,7 @@ adamw_op = declare(
 
 
 class AdamW(ElementwiseOptimizer):
-    """A drop-in for :class:`torch.optim.AdamW` in one kernel for all parameters, with narrow states and parameters.
+    """A drop-in for `torch.optim.AdamW` in one kernel for all parameters, with narrow states and parameters.
 
     Arithmetic is float32 (float64 for float64 parameters) whatever the storage. Gradients are never modified, also not
     by a gradient scaler.

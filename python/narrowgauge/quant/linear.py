@@ -93,10 +93,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, recipe: str
 
 
 class Linear(nn.Linear):
-    """:class:`torch.nn.Linear` with its three matmuls in low precision.
+    """`torch.nn.Linear` with its three matmuls in low precision.
 
     Parameters, their dtype, their initialization and the ``state_dict`` are those of ``torch.nn.Linear``;
-    quantized values live only inside a matmul. See :func:`linear` for the arithmetic.
+    quantized values live only inside a matmul. See `linear` for the arithmetic.
 
     Args:
         in_features: As in ``torch.nn.Linear``.
