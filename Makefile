@@ -23,7 +23,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/narrowgauge demo $(ARGS)
 
 test: native emulator
-	NARROWGAUGE_REQUIRE_EMULATOR=1 $(RUN) -m pytest -n $(WORKERS) $(ARGS)
+	NARROWGAUGE_REQUIRE_NATIVE=1 NARROWGAUGE_REQUIRE_EMULATOR=1 $(RUN) -m pytest -n $(WORKERS) $(ARGS)
 
 bench: native
 	$(VENV)/bin/narrowgauge bench $(ARGS)

@@ -36,8 +36,7 @@
 
 namespace narrowgauge {
 
-// --- one tensor interface
-// --------------------------------------------------------------------------------------
+// --- one tensor interface ------------------------------------------------------------------------
 
 #if NARROWGAUGE_EMULATOR
 
@@ -147,8 +146,7 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
     return std::vector<int64_t>(sizes.begin(), sizes.end());
 }
 
-// --- guards
-// ----------------------------------------------------------------------------------------------------
+// --- guards --------------------------------------------------------------------------------------
 
 // What every kernel needs of a tensor: rows contiguous, on the device of the operator's first argument.
 inline void check_layout(const Tensor& tensor, const Tensor& first, const char* name) {
@@ -161,8 +159,7 @@ inline bool is_floating(DType dtype) {
            dtype == DType::float64;
 }
 
-// --- running a kernel
-// ------------------------------------------------------------------------------------------
+// --- running a kernel ----------------------------------------------------------------------------
 
 #if NARROWGAUGE_CPU
 

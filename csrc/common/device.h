@@ -21,8 +21,7 @@ namespace narrowgauge {
 
 using Stream = cudaStream_t;
 
-// --- memory
-// ----------------------------------------------------------------------------------------------------
+// --- memory --------------------------------------------------------------------------------------
 
 template <class T>
 using Global = T*;
@@ -66,8 +65,7 @@ class SharedArena {
     int offset_ = 0;
 };
 
-// --- asynchronous copies
-// ---------------------------------------------------------------------------------------
+// --- asynchronous copies -------------------------------------------------------------------------
 
 template <int Bytes, class T>
 __device__ __forceinline__ void async_copy(T* shared, int64_t i, const T* global, int64_t j) {
@@ -86,8 +84,7 @@ __device__ __forceinline__ void async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Groups) : "memory");
 }
 
-// --- thread-block clusters (sm_90 and newer)
-// -------------------------------------------------------------------
+// --- thread-block clusters (sm_90 and newer) -----------------------------------------------------
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ __forceinline__ unsigned cluster_rank() {
@@ -112,8 +109,7 @@ __device__ __forceinline__ T* cluster_map(T* shared, unsigned rank) {
 }
 #endif
 
-// --- launch
-// ----------------------------------------------------------------------------------------------------
+// --- launch --------------------------------------------------------------------------------------
 
 struct LaunchConfig {
     dim3 grid, block;

@@ -73,8 +73,7 @@ NG_HOST_DEVICE To bit_cast(From from) {
     return to;
 }
 
-// --- to float: exact
-// -------------------------------------------------------------------------------------------
+// --- to float: exact -----------------------------------------------------------------------------
 
 NG_HOST_DEVICE float to_float(float x) { return x; }
 NG_HOST_DEVICE float to_float(double x) { return static_cast<float>(x); }
@@ -99,8 +98,7 @@ NG_HOST_DEVICE float to_float(e4m3 x) {
     return bit_cast<float>(sign | bits);
 }
 
-// --- from float: round half to even
-// ----------------------------------------------------------------------------
+// --- from float: round half to even --------------------------------------------------------------
 
 template <class T>
 NG_HOST_DEVICE T from_float(float x);

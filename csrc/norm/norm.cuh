@@ -73,8 +73,7 @@ __device__ __forceinline__ void store_beside(void* raw, DType type, const char* 
     }
 }
 
-// --- forward
-// ---------------------------------------------------------------------------------------------------
+// --- forward -------------------------------------------------------------------------------------
 
 template <class X, int Width, int Vectors, bool Centred>
 __global__ void __launch_bounds__(512, 1) norm_forward_kernel(NormForward args, int threads_per_row) {
@@ -171,8 +170,7 @@ __global__ void __launch_bounds__(512, 1) norm_forward_kernel(NormForward args, 
     });
 }
 
-// --- backward
-// --------------------------------------------------------------------------------------------------
+// --- backward ------------------------------------------------------------------------------------
 
 // dx, and the partial sums of dweight and dbias. Group c of threads walks the rows c, c + chunks, c + 2
 // chunks, ... and owns row c of the partial buffers. With Vectors = 0 it writes dx alone;

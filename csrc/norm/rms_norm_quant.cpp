@@ -3,6 +3,7 @@
 #include "norm/rms_norm_quant.h"
 
 #include "norm/guards.h"
+#include "quant/guards.h"
 
 #if NARROWGAUGE_CPU
 #include "common/scratch.h"
@@ -10,14 +11,6 @@
 
 namespace narrowgauge {
 namespace {
-
-DType code_type_of(const std::string& format) {
-    if (format == "int8") return DType::int8;
-    if (format == "e4m3") return DType::e4m3;
-    if (format == "e5m2") return DType::e5m2;
-    NG_CHECK(false, "format must be int8, e4m3 or e5m2, got ", format);
-    return DType::int8;
-}
 
 #if NARROWGAUGE_CPU
 // Normalizes a few rows into float32 working memory that stays in the cache, and quantizes them from there.

@@ -61,8 +61,7 @@ NG_HOST_DEVICE float clamp_to(float v) {
     return v > largest ? largest : v;
 }
 
-// --- round half to even
-// ----------------------------------------------------------------------------------------
+// --- round half to even --------------------------------------------------------------------------
 
 template <class Code>
 NG_HOST_DEVICE Code round_nearest(float v) {
@@ -76,8 +75,7 @@ NG_HOST_DEVICE int8_t round_nearest<int8_t>(float v) {
     return static_cast<int8_t>(bit_cast<uint32_t>(clamp_to<int8_t>(v) + 12582912.0f));
 }
 
-// --- stochastic rounding
-// ---------------------------------------------------------------------------------------
+// --- stochastic rounding -------------------------------------------------------------------------
 
 // What decides one rounding: a number in [0, 1) for integers, 32 random bits for float formats.
 template <class Code>

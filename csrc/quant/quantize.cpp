@@ -1,7 +1,7 @@
 // Quantize and dequantize: the bindings.
 #include "quant/quantize.h"
 
-#include "common/binding.h"
+#include "quant/guards.h"
 
 #if NARROWGAUGE_CPU
 #include "common/scratch.h"
@@ -11,14 +11,6 @@
 
 namespace narrowgauge {
 namespace {
-
-DType code_type_of(const std::string& format) {
-    if (format == "int8") return DType::int8;
-    if (format == "e4m3") return DType::e4m3;
-    if (format == "e5m2") return DType::e5m2;
-    NG_CHECK(false, "format must be int8, e4m3 or e5m2, got ", format);
-    return DType::int8;
-}
 
 Granularity granularity_of(const std::string& name) {
     if (name == "tensor") return Granularity::tensor;

@@ -5,8 +5,7 @@
 
 namespace narrowgauge {
 
-// --- one scale per row
-// -----------------------------------------------------------------------------------------
+// --- one scale per row ---------------------------------------------------------------------------
 
 // Consecutive groups of `threads_per_row` threads take a row each; a thread holds `Vectors` vectors of its
 // row, which is then read once. Vectors = 0 stands for a row too long for that: it is read again for the
@@ -58,8 +57,7 @@ __global__ void __launch_bounds__(512, 1)
     }
 }
 
-// --- one scale for the whole tensor
-// ----------------------------------------------------------------------------
+// --- one scale for the whole tensor --------------------------------------------------------------
 
 // Every block writes the largest magnitude among its elements.
 template <class T>
@@ -108,8 +106,7 @@ __global__ void __launch_bounds__(256, 1) quantize_encode_kernel(Quantize args, 
         encoder.encode(i, load<1>(x, i), scale_at);
 }
 
-// --- one scale per column
-// --------------------------------------------------------------------------------------
+// --- one scale per column ------------------------------------------------------------------------
 
 // Blocks of 8 x 32 threads: block (x, c) takes the rows of chunk c in 8 * Width columns.
 constexpr int column_threads = 8, column_rows = 32;
@@ -186,8 +183,7 @@ __global__ void __launch_bounds__(256, 1) quantize_encode_columns_kernel(Quantiz
     }
 }
 
-// --- dequantize
-// ------------------------------------------------------------------------------------------------
+// --- dequantize ----------------------------------------------------------------------------------
 
 // Quotient and remainder, in 32 bits where they suffice: a GPU divides 64-bit integers in software.
 __device__ __forceinline__ int64_t quotient(int64_t i, int64_t by) {

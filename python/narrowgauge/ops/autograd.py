@@ -64,10 +64,9 @@ def _transformed() -> bool:
 
 
 def fused_function(
-    name: str, forward: Callable[..., Any], setup: Callable[..., Any], backward_formula: Callable[..., Any]
+    name: str, run_forward: Callable[..., Any], setup: Callable[..., Any], backward_formula: Callable[..., Any]
 ) -> type[torch.autograd.Function]:
     """An autograd function whose backward is a kernel: its second derivative is a clear error."""
-    run_forward = forward
     message = (
         f"narrowgauge.{name} cannot be differentiated twice: its backward is a fused kernel without a derivative of "
         "its own. Use the torch.nn layer where a second derivative is needed."
