@@ -64,7 +64,10 @@ def _transformed() -> bool:
 
 
 def fused_function(
-    name: str, run_forward: Callable[..., Any], setup: Callable[..., Any], backward_formula: Callable[..., Any]
+    name: str,
+    run_forward: Callable[..., Any],
+    setup: Callable[..., Any],
+    backward_formula: Callable[..., Any],
 ) -> type[torch.autograd.Function]:
     """An autograd function whose backward is a kernel: its second derivative is a clear error."""
     message = (
