@@ -84,6 +84,48 @@ class Case:
         return self.name.replace(" ", "-")
 
 
+Function = Callable[..., Any]
+
+
+def compare(
+    setting: Setting,
+    ours: Function,
+    eager: Function,
+    inputs: Iterable[Any],
+    *,
+    backward: bool = False,
+    bytes_moved: int | None = None,
+    rivals: Mapping[str, Function] | None = None,
+) -> Contest:
+    """Ours, eager, and eager compiled, called with the same inputs.
+
+    Args:
+        setting: Where and how.
+        ours: Function of the inputs, which returns a tensor or a tuple of them.
+        eager: What a user would write in PyTorch; the same results.
+        inputs: Arguments of all of them.
+        backward: Time the forward together with the gradients of all inputs that require grad.
+        bytes_moved: As in `Contest`.
+        rivals: Further contestants, such as PyTorch's own layer.
+    """
+    inputs = list(inputs)
+    differentiated = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    with torch.no_grad():
+        gradients = [torch.randn_like(output) for output in tree_leaves(eager(*inputs))]
+
+    def call(function: Function) -> Call:
+        if not backward:
+            return lambda: function(*inputs)
+        return lambda: torch.autograd.grad(tree_leaves(function(*inputs)), differentiated, gradients)
+
+    contest = Contest({OURS: call(ours), "eager": call(eager)}, bytes_moved)
+    if setting.compile:
+        contest.contestants["compile"] = call(torch.compile(eager, dynamic=False))
+    for name, rival in (rivals or {}).items():
+        contest.contestants[name] = call(rival)
+    return contest
+
+
 def traffic(*values: Any) -> int:
     """Bytes of all tensors in `values`, however nested in lists and dictionaries."""
     return sum(leaf.nbytes for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))

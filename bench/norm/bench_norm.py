@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import narrowgauge.nn.functional as ng
-from bench.harness import OURS, Call, Case, Contest, Setting
+from bench.harness import OURS, Call, Case, Contest, Setting, compare
 from narrowgauge.ops import registry
 
 EPS = 1e-5
@@ -34,20 +34,20 @@ def eager_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, .
     return (F.layer_norm(x, weight.shape, weight, bias, EPS),)
 
 
-def ours_add_rms_norm(x: Tensor, weight: Tensor, *, residual: Tensor) -> tuple[Tensor, ...]:
+def ours_add_rms_norm(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
     return ng.add_rms_norm(x, residual, weight, EPS)
 
 
-def eager_add_rms_norm(x: Tensor, weight: Tensor, *, residual: Tensor) -> tuple[Tensor, ...]:
+def eager_add_rms_norm(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
     total = x + residual
     return F.rms_norm(total, weight.shape, weight, EPS), total
 
 
-def ours_add_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, residual: Tensor) -> tuple[Tensor, ...]:
+def ours_add_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
     return ng.add_layer_norm(x, residual, weight, bias, EPS)
 
 
-def eager_add_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, residual: Tensor) -> tuple[Tensor, ...]:
+def eager_add_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
     total = x + residual
     return F.layer_norm(total, weight.shape, weight, bias, EPS), total
 
@@ -87,27 +87,12 @@ def norm_case(name: str, shape: tuple[int, int], dtype: torch.dtype, backward: b
         inputs = [tensor(*shape), tensor(shape[1])]
         if name.endswith("layer_norm"):
             inputs.append(tensor(shape[1]))
-        residual = {"residual": tensor(*shape)} if name.startswith("add") else {}
-        differentiated = [*inputs, *residual.values()] if backward else []
-
-        def call(function: Callable[..., Any]) -> Call:
-            if not backward:
-                return lambda: function(*inputs, **residual)
-
-            def forward_and_backward() -> object:
-                return torch.autograd.grad(function(*inputs, **residual), differentiated, gradients)
-
-            return forward_and_backward
-
-        outputs = eager(*inputs, **residual)
-        gradients = [torch.randn_like(output) for output in outputs]
-        contest = Contest(
-            {OURS: call(ours), "eager": call(eager)},
-            bytes_moved(name, inputs, residual.get("residual"), gradients if backward else None),
-        )
-        if setting.compile:
-            contest.contestants["compile"] = call(torch.compile(eager, dynamic=False))
-        return contest
+        residual = tensor(*shape) if name.startswith("add") else None
+        gradients = [torch.randn_like(inputs[0])] * (1 if residual is None else 2)
+        moved = bytes_moved(name, inputs, residual, gradients if backward else None)
+        if residual is not None:
+            inputs.append(residual)
+        return compare(setting, ours, eager, inputs, backward=backward, bytes_moved=moved)
 
     passes = "fwd+bwd" if backward else "fwd"
     return Case(name, f"{passes} {shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')}", build)

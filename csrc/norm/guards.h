@@ -1,4 +1,4 @@
-// What the bindings of the row norms check of their arguments.
+// What the bindings of the row norms check of their arguments, and how they end a sum over rows.
 #pragma once
 
 #include "common/binding.h"
@@ -38,5 +38,8 @@ inline Shape check_rows(const Tensor& x) {
     for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.rows *= x.size(i);
     return shape;
 }
+
+// result[j] = sum over chunks of partial[chunk, j], in order (partial_sums.h).
+void add_partial_sums(const Tensor& partial, const Tensor& result);
 
 }  // namespace narrowgauge

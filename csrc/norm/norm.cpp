@@ -134,18 +134,6 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_forward(const Tensor& x, const T
     return {std::move(out.y), std::move(*out.residual_out), std::move(*out.rstd)};
 }
 
-void reduce(const Tensor& partial, const Tensor& result, int64_t chunks, int64_t columns) {
-    const NormReduce args{data(partial), data(result), chunks, columns, dtype(result)};
-    if (columns == 0) return;
-#if NARROWGAUGE_CPU
-    const auto kernel = NG_CPU_POINTER(norm_reduce_columns);
-    parallel_ranges(columns, chunks, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-#else
-    const OnDevice device(partial);
-    launch_norm_reduce(args, device.stream());
-#endif
-}
-
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const OptionalTensor& mean,
                                             const Tensor& rstd, const OptionalTensor& weight,
                                             const OptionalTensor& bias, const OptionalTensor& dresidual,
@@ -215,8 +203,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
 #else
     launch_norm_backward(args, device.stream());
 #endif
-    if (dweight) reduce(*dweight_partial, dweight_result, args.chunks, columns);
-    if (dbias) reduce(*dbias_partial, dbias_result, args.chunks, columns);
+    if (dweight) add_partial_sums(*dweight_partial, dweight_result);
+    if (dbias) add_partial_sums(*dbias_partial, dbias_result);
     return {std::move(dx), std::move(dweight_result), std::move(dbias_result)};
 }
 

@@ -1,77 +1,11 @@
-// CUDA kernels of the LayerNorm / RMSNorm family.
-//
-// A group of `threads_per_row` consecutive threads shares a row; a block holds several groups when rows are
-// short. Each thread owns `Vectors` vectors of `Width` elements of the row, `threads_per_row` vectors apart,
-// and keeps them in registers, so that a row is read once. Vectors = 0 stands for a row too long for that: it
-// is read again at each pass.
+// CUDA kernels of the LayerNorm / RMSNorm family. How rows lie on threads: common/row.cuh.
 #pragma once
 
-#include "common/reduce.cuh"
+#include "common/columns.cuh"
+#include "common/row.cuh"
 #include "norm/norm.h"
 
 namespace narrowgauge {
-
-// Width elements from `i` on, in pieces of at most 16 bytes.
-template <int Width, class A, class T>
-__device__ __forceinline__ void load_row(Global<const T> source, int64_t i, A (&values)[Width]) {
-    constexpr int piece = Width * sizeof(T) <= 16 ? Width : 16 / sizeof(T);
-#pragma unroll
-    for (int start = 0; start < Width; start += piece) {
-        const auto loaded = load<piece>(source, i + start);
-#pragma unroll
-        for (int k = 0; k < piece; ++k) values[start + k] = static_cast<A>(to_compute(loaded[k]));
-    }
-}
-
-template <int Width, class A, class T>
-__device__ __forceinline__ void store_row(Global<T> target, int64_t i, const A (&values)[Width]) {
-    constexpr int piece = Width * sizeof(T) <= 16 ? Width : 16 / sizeof(T);
-#pragma unroll
-    for (int start = 0; start < Width; start += piece) {
-        Vec<T, piece> narrow;
-#pragma unroll
-        for (int k = 0; k < piece; ++k) {
-            narrow[k] = from_compute<T>(static_cast<compute_t<T>>(values[start + k]));
-        }
-        store<piece>(target, i + start, narrow);
-    }
-}
-
-// A tensor beside x whose type is known at run time only (the branch is the same for the whole grid):
-// anything that is computed in A.
-struct Beside {
-    const void* raw;
-    DType type;
-    const char* name;
-
-    __device__ __forceinline__ explicit operator bool() const { return raw != nullptr; }
-
-    template <int Width>
-    __device__ __forceinline__ void load(int64_t i, double (&values)[Width]) const {
-        load_row<Width>(global<const double>(raw, name), i, values);
-    }
-    template <int Width>
-    __device__ __forceinline__ void load(int64_t i, float (&values)[Width]) const {
-        if (type == DType::float32) {
-            load_row<Width>(global<const float>(raw, name), i, values);
-        } else if (type == DType::bfloat16) {
-            load_row<Width>(global<const bf16>(raw, name), i, values);
-        } else {
-            load_row<Width>(global<const f16>(raw, name), i, values);
-        }
-    }
-};
-
-// Stores to a tensor that has the type of x, or is float beside a narrow x.
-template <class X, int Width, class A>
-__device__ __forceinline__ void store_beside(void* raw, DType type, const char* name, int64_t i,
-                                             const A (&values)[Width]) {
-    if (sizeof(X) < sizeof(float) && type == DType::float32) {
-        store_row<Width>(global<float>(raw, name), i, values);
-    } else {
-        store_row<Width>(global<X>(raw, name), i, values);
-    }
-}
 
 // --- forward -------------------------------------------------------------------------------------
 
@@ -81,14 +15,10 @@ __global__ void __launch_bounds__(512, 1) norm_forward_kernel(NormForward args, 
     SharedArena arena;
     const Shared<A> partials = arena.template take<A>(max_warps);
 
-    const int rows_per_block = blockDim.x / threads_per_row;
-    const int lane = threadIdx.x % threads_per_row;
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * rows_per_block + threadIdx.x / threads_per_row;
+    const int64_t row = row_of_group(threads_per_row);
     const int64_t columns = args.columns, base = row * columns;
     const A per_column = static_cast<A>(args.per_column);
-    const bool active = row < args.rows;  // idle groups still take part in the barriers
-    const int64_t stride = static_cast<int64_t>(threads_per_row) * Width,
-                  first = active ? lane * Width : columns;
+    const RowSlice<Width> slice(row, args.rows, columns, threads_per_row);
 
     const auto x = global<const X>(args.x, "x");
     const Beside residual{args.residual, args.residual_type, "residual"};
@@ -105,29 +35,9 @@ __global__ void __launch_bounds__(512, 1) norm_forward_kernel(NormForward args, 
         }
     };
 
-    // The row in registers: visit(f) calls f(j, values) for each vector of this thread. A long row is loaded
-    // each time.
-    constexpr bool in_registers = Vectors > 0;
-    A kept[in_registers ? Vectors : 1][Width];
-    if constexpr (in_registers) {
-#pragma unroll
-        for (int v = 0; v < Vectors; ++v) {
-            if (first + v * stride < columns) load_sum(first + v * stride, kept[v]);
-        }
-    }
-    const auto visit = [&](auto&& function) {
-        if constexpr (in_registers) {
-#pragma unroll
-            for (int v = 0; v < Vectors; ++v) {
-                if (first + v * stride < columns) function(first + v * stride, kept[v]);
-            }
-        } else {
-            for (int64_t j = first; j < columns; j += stride) {
-                load_sum(j, kept[0]);
-                function(j, kept[0]);
-            }
-        }
-    };
+    RowValues<A, Width, Vectors> held;
+    held.load_once(slice, load_sum);
+    const auto visit = [&](auto&& function) { held.visit(slice, load_sum, function); };
 
     A mean = 0;
     if constexpr (Centred) {
@@ -149,7 +59,7 @@ __global__ void __launch_bounds__(512, 1) norm_forward_kernel(NormForward args, 
     sum_of_squares = group_sum(sum_of_squares, threads_per_row, partials);
     const A rstd = A(1) / sqrt(sum_of_squares * per_column + static_cast<A>(args.eps));
 
-    if (active && lane == 0) {
+    if (slice.active && slice.lane == 0) {
         if (args.mean) global<A>(args.mean, "mean")[row] = mean;
         if (args.rstd) global<A>(args.rstd, "rstd")[row] = rstd;
     }
@@ -214,10 +124,9 @@ __global__ void __launch_bounds__(512, 1) norm_backward_kernel(NormBackward args
     const int group = threadIdx.x / threads_per_row;
     for (int64_t first_row = chunk - group; first_row < args.rows; first_row += chunks) {
         const int64_t row = first_row + group, base = row * columns;
-        const bool active = row < args.rows;
-        const int64_t first = active ? lane * Width : columns;
-        const A rstd = active ? A(rstd_of[row]) : A(0);
-        const A mean = Centred && active ? A(mean_of[row]) : A(0);
+        const RowSlice<Width> slice(row, args.rows, columns, threads_per_row);
+        const A rstd = slice.active ? A(rstd_of[row]) : A(0);
+        const A mean = Centred && slice.active ? A(mean_of[row]) : A(0);
 
         const auto load_terms = [&](int64_t j, A(&x_hat_values)[Width], A(&g_values)[Width]) {
             load_row<Width>(x, base + j, x_hat_values);
@@ -226,23 +135,13 @@ __global__ void __launch_bounds__(512, 1) norm_backward_kernel(NormBackward args
             for (int k = 0; k < Width; ++k) x_hat_values[k] = (x_hat_values[k] - mean) * rstd;
         };
         if constexpr (in_registers) {
-#pragma unroll
-            for (int v = 0; v < Vectors; ++v) {
-                if (first + v * stride < columns) load_terms(first + v * stride, x_hat[v], g[v]);
-            }
+            slice.template visit<Vectors>([&](int64_t j, int v) { load_terms(j, x_hat[v], g[v]); });
         }
         const auto visit = [&](auto&& function) {
-            if constexpr (in_registers) {
-#pragma unroll
-                for (int v = 0; v < Vectors; ++v) {
-                    if (first + v * stride < columns) function(first + v * stride, v);
-                }
-            } else {
-                for (int64_t j = first; j < columns; j += stride) {
-                    load_terms(j, x_hat[0], g[0]);
-                    function(j, 0);
-                }
-            }
+            slice.template visit<Vectors>([&](int64_t j, int v) {
+                if constexpr (!in_registers) load_terms(j, x_hat[v], g[v]);
+                function(j, v);
+            });
         };
 
         A dot = 0, sum = 0;
@@ -295,28 +194,13 @@ __global__ void __launch_bounds__(512, 1) norm_backward_kernel(NormBackward args
     }
 }
 
-// A 32 x 32 block sums over the rows y, y + 32, ... of its slice of 32 columns, then over the 32 results.
-constexpr int tile = 32;
-
-template <class A>
-__device__ __forceinline__ A sum_over_tile_rows(A value, Shared<A> sums) {
-    __syncthreads();  // the call before is done with `sums`
-    sums[threadIdx.y * (tile + 1) + threadIdx.x] = value;
-    __syncthreads();
-    A total = 0;
-    if (threadIdx.y == 0) {
-        for (int y = 0; y < tile; ++y) total += sums[y * (tile + 1) + threadIdx.x];
-    }
-    return total;
-}
-
 // The partial sums of dweight and dbias for rows too long for registers: block (x, c) takes rows chunk c of
 // the columns.
 template <class S, bool Centred>
 __global__ void __launch_bounds__(1024) norm_backward_columns_kernel(NormBackward args) {
     using A = compute_t<S>;
     SharedArena arena;
-    const Shared<A> sums = arena.template take<A>(tile * (tile + 1));
+    const Shared<A> sums = arena.template take<A>(tile_sums);
     const int64_t j = static_cast<int64_t>(blockIdx.x) * tile + threadIdx.x;
     const int64_t last = args.rows * (blockIdx.y + 1) / args.chunks;
 
@@ -340,23 +224,6 @@ __global__ void __launch_bounds__(1024) norm_backward_columns_kernel(NormBackwar
     const int64_t target = blockIdx.y * args.columns + j;
     if (args.dweight_partial) global<A>(args.dweight_partial, "dweight_partial")[target] = dweight;
     if (args.dbias_partial) global<A>(args.dbias_partial, "dbias_partial")[target] = dbias;
-}
-
-template <class A, class T>
-__global__ void __launch_bounds__(1024) norm_reduce_kernel(NormReduce args) {
-    SharedArena arena;
-    const Shared<A> sums = arena.template take<A>(tile * (tile + 1));
-    const int64_t j = static_cast<int64_t>(blockIdx.x) * tile + threadIdx.x;
-    const auto partial = global<const A>(args.partial, "partial");
-    A sum = 0;
-    if (j < args.columns) {
-        for (int64_t chunk = threadIdx.y; chunk < args.chunks; chunk += tile)
-            sum += partial[chunk * args.columns + j];
-    }
-    sum = sum_over_tile_rows(sum, sums);
-    if (j < args.columns && threadIdx.y == 0) {
-        global<T>(args.result, "result")[j] = from_compute<T>(static_cast<compute_t<T>>(sum));
-    }
 }
 
 }  // namespace narrowgauge

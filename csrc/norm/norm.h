@@ -52,16 +52,7 @@ struct NormBackward {
     DType x_type, dy_type, weight_type;
 };
 
-// Adds the rows of `partial` [chunks, columns] into `result` [columns].
-struct NormReduce {
-    const void* partial;
-    void* result;
-    int64_t chunks, columns;
-    DType result_type;
-};
-
 }  // namespace narrowgauge
 
 NG_CPU_KERNEL(void, norm_forward_rows, (const NormForward& args, int64_t begin, int64_t end))
 NG_CPU_KERNEL(void, norm_backward_chunks, (const NormBackward& args, int64_t begin, int64_t end))
-NG_CPU_KERNEL(void, norm_reduce_columns, (const NormReduce& args, int64_t begin, int64_t end))

@@ -1,16 +1,13 @@
 // Launches of RMSNorm with a quantized result.
 #include "norm/rms_norm_quant.cuh"
-#include "norm/row_plan.h"
 
 namespace narrowgauge {
 namespace {
 
 template <class X, class Code, int Width, int Vectors>
 void launch_planned(const RmsNormQuant& args, const Plan& plan, Stream stream) {
-    const int rows = rows_per_block(plan);
-    const LaunchConfig config{dim3(static_cast<unsigned>((args.norm.rows + rows - 1) / rows)),
-                              dim3(static_cast<unsigned>(block_threads(plan))),
-                              max_warps * (sizeof(float) + sizeof(uint32_t)), 1, stream};
+    const LaunchConfig config =
+        one_row_per_group(plan, args.norm.rows, max_warps * (sizeof(float) + sizeof(uint32_t)), stream);
     launch(config, rms_norm_quant_kernel<X, Code, Width, Vectors>, args, plan.threads);
 }
 

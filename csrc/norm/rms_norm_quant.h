@@ -6,13 +6,8 @@
 #include "norm/norm.h"
 #include "quant/quantize.h"
 
-#if NARROWGAUGE_EMULATOR
-#include "common/device.h"
-#elif NARROWGAUGE_CUDA
-#include <cuda_runtime_api.h>
-namespace narrowgauge {
-using Stream = cudaStream_t;
-}
+#if !NARROWGAUGE_CPU
+#include "common/stream.h"
 #endif
 
 namespace narrowgauge {

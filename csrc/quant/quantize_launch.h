@@ -1,16 +1,8 @@
 // What the bindings call to run the CUDA kernels of quantize and dequantize.
 #pragma once
 
+#include "common/stream.h"
 #include "quant/quantize.h"
-
-#if NARROWGAUGE_EMULATOR
-#include "common/device.h"
-#else
-#include <cuda_runtime_api.h>
-namespace narrowgauge {
-using Stream = cudaStream_t;
-}
-#endif
 
 namespace narrowgauge {
 

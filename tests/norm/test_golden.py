@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from tests.golden_files import files, read
 from torch import Tensor
 
 import narrowgauge as ng
 from narrowgauge.nn import functional as ngf
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 NORMS: dict[str, Callable[..., Tensor]] = {"layernorm": ngf.layer_norm, "rmsnorm": ngf.rms_norm}
 ADD_NORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "layernorm": ngf.add_layer_norm,
     "rmsnorm": ngf.add_rms_norm,
 }
-FILES = sorted(path for room in NORMS for path in (GOLDEN / room).glob("prenorm_*.npz"))
+FILES = [path for folder in NORMS for path in files(folder, "prenorm_*.npz")]
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-
-
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
-    with np.load(path) as file:
-        meta = json.loads(str(file["meta"]))
-        return {name: torch.from_numpy(file[name]) for name in file.files if name != "meta"}, meta
 
 
 def assert_close(actual: Tensor | None, recorded: Tensor) -> None:

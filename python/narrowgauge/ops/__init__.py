@@ -3,6 +3,7 @@
 from narrowgauge.ops.autograd import Differentiable, differentiable
 from narrowgauge.ops.library import Info, backend, info
 from narrowgauge.ops.operator import Operator, Sample, SampleMaker, operator, registry
+from narrowgauge.ops.system import System, system, systems
 
 __all__ = [
     "Differentiable",
@@ -10,9 +11,12 @@ __all__ = [
     "Operator",
     "Sample",
     "SampleMaker",
+    "System",
     "backend",
     "differentiable",
     "info",
     "operator",
     "registry",
+    "system",
+    "systems",
 ]
