@@ -9,4 +9,15 @@ _library.load()
 from narrowgauge import convert, nn, optim, quant  # noqa: E402
 from narrowgauge.swap import SwapReport, swap, unswap  # noqa: E402
 
-__all__ = ["SwapReport", "__version__", "backend", "convert", "info", "nn", "optim", "quant", "swap", "unswap"]
+__all__ = [
+    "SwapReport",
+    "__version__",
+    "backend",
+    "convert",
+    "info",
+    "nn",
+    "optim",
+    "quant",
+    "swap",
+    "unswap",
+]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowgauge.ops import Sample, SampleMaker
+from narrowgauge.ops import Sample, SampleMaker, system
 from narrowgauge.ops.operator import FLOATING
 from narrowgauge.optim import codec
 from narrowgauge.optim.base import ElementwiseOptimizer, Params, check_range
@@ -180,3 +180,15 @@ class AdamW(ElementwiseOptimizer):
     def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
         beta1, beta2 = group["betas"]
         return beta1, beta2, group["weight_decay"], group["eps"], group["amsgrad"]
+
+
+system(
+    "adamw",
+    title="AdamW",
+    source="arXiv 1711.05101; 8-bit states: arXiv 2110.02861",
+    page="adamw.md",
+    modules=("optim.AdamW",),
+    operators=("adamw_",),
+    golden=("torch_optim", "torchao_lowbit", "bnb8bit"),
+    bench=("adamw",),
+)

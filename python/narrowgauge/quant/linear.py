@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from narrowgauge.ops import system
 from narrowgauge.ops.autograd import fused_function
 from narrowgauge.ops.checks import check_choice, check_floating, check_same_device
 from narrowgauge.quant.matmul import operand, scaled_matmul
@@ -139,3 +140,15 @@ class Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe!r}"
+
+
+system(
+    "quantized_linear",
+    title="Linear layers in int8 and fp8",
+    source="scaled per row, as in torchao",
+    page="quantization.md",
+    modules=("quant.Linear",),
+    operators=("quantize", "dequantize"),
+    bench=("linear",),
+    reasons={"golden": "the float64 formula of its three matmuls is the truth"},
+)

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from narrowgauge.ops import Sample, SampleMaker, operator
+from narrowgauge.ops import Sample, SampleMaker, operator, system
 from narrowgauge.ops.checks import check_choice, check_floating, check_same_device
 from narrowgauge.ops.random import philox_words, uniform
 from narrowgauge.quant.formats import (
@@ -233,3 +233,15 @@ def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Tensor:
     native = torch.float32 if dtype == torch.float64 else dtype
     x = dequantize_operator(q.codes.contiguous(), q.scale.detach().contiguous(), q.scheme.granularity, native)
     return x.double() if dtype == torch.float64 else x
+
+
+system(
+    "quantize",
+    title="Quantize and dequantize",
+    source="stochastic rounding by Philox (Salmon et al., SC 2011)",
+    page="quantization.md",
+    functions=("quant.quantize", "quant.dequantize"),
+    operators=("quantize", "dequantize"),
+    bench=("quantize", "dequantize"),
+    reasons={"module": "functions only", "golden": "PyTorch's own casts are the truth, bit for bit"},
+)
