@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import narrowgauge as ng
+from narrowgauge.norm._replacement import norm_replacements
 
 WIDTH = 24
 
@@ -343,7 +344,7 @@ def test_a_model_that_is_itself_a_norm() -> None:
     ("arguments", "error", "message"),
     [
         ({"linear": "int7"}, ValueError, "linear must be one of None, 'int8-row'"),
-        ({"norm": "gemma"}, ValueError, "norm must be True or False; got 'gemma'"),
+        ({"norm": "gemma"}, ValueError, "norm must be one of True, False, .*; got 'gemma'"),
         ({"model": [nn.LayerNorm(3)]}, TypeError, "model must be a torch.nn.Module, got list"),
     ],
 )
@@ -495,3 +496,62 @@ def test_models_of_transformers(family: str, norms: int, offset: float) -> None:
     model.gradient_checkpointing_enable()
     model.train()
     torch.testing.assert_close(losses()[0], loss, rtol=1e-5, atol=1e-5)
+
+
+# --- layers that compute something else ---
+
+REPLACEMENTS = pytest.mark.parametrize("kind", sorted(norm_replacements))
+OLD: dict[str, Callable[[], nn.Module]] = {
+    "LayerNorm": lambda: nn.LayerNorm(WIDTH, eps=1e-3),
+    "RMSNorm": lambda: nn.RMSNorm(WIDTH, eps=1e-3),
+    "Llama's": lambda: LlamaLike(WIDTH),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "old"),
+    [(kind, old) for kind in sorted(norm_replacements) for old in OLD if (kind, old[0]) != ("rms", "R")],
+)
+def test_another_layer_takes_the_parameters_and_gives_them_back(kind: str, old: str) -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), randomized(OLD[old]()))
+    replaced, x = model[1], torch.randn(2, 5, WIDTH)
+    before = model(x)
+    report = ng.swap(model, norm=kind)
+    assert [entry.name for entry in report.replaced] == ["1"], str(report)
+    assert type(model[1]).__module__.startswith("narrowgauge.norm")
+    for name, parameter in replaced.named_parameters():
+        assert model[1].get_parameter(name) is parameter
+    y = model(x)
+    assert y.shape == x.shape
+    same = (kind, old) == ("rms", "Llama's")  # the one that computes what it replaces
+    assert y.allclose(before, rtol=1e-3) == same
+    assert ("computes something else" in report.replaced[0].note) != same
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    ng.unswap(model)
+    assert type(model[1]) is type(replaced)
+    torch.testing.assert_close(model(x), before)
+
+
+@REPLACEMENTS
+def test_a_zero_centred_weight_does_not_fit_another_layer(kind: str) -> None:
+    model = nn.Sequential(GemmaLike(WIDTH))
+    report = ng.swap(model, norm=kind)
+    assert "1 + w" in left(report)["0"]
+    assert isinstance(model[0], GemmaLike)
+
+
+@REPLACEMENTS
+def test_ours_is_replaced_where_it_was_not_swapped_in(kind: str) -> None:
+    model = nn.Sequential(ng.nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH))
+    ng.swap(model, filter=lambda name, module: name == "1")
+    report = ng.swap(model, norm=kind)
+    assert [entry.name for entry in report.replaced] == ["0"]
+    assert left(report)["1"] == "is narrowgauge's already: unswap first"
+
+
+def test_a_layer_nobody_knows_is_refused() -> None:
+    model = nn.Sequential(nn.LayerNorm(WIDTH))
+    with pytest.raises(ValueError, match=r"norm must be one of True, False, .*'rms'.*; got 'batch'"):
+        ng.swap(model, norm="batch")
+    assert type(model[0]) is nn.LayerNorm

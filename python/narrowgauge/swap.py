@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from narrowgauge import quant
-from narrowgauge.norm import LayerNorm, RMSNorm
+from narrowgauge.norm import LayerNorm, RMSNorm, _arguments
+from narrowgauge.norm._replacement import ReplacedNorm, Unsuitable, norm_replacements
 from narrowgauge.ops.checks import check_choice
 
 Filter = Callable[[str, nn.Module], bool]
@@ -32,10 +33,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 ORIGINAL = "_narrowgauge_original"
-
-
-class Unsuitable(Exception):
-    """Why a module is left as it is."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ class SwapReport:
 
 def swap(
     model: nn.Module,
-    norm: bool = True,
+    norm: bool | str = True,
     linear: str | None = None,
     inplace: bool = True,
     filter: Filter | None = None,
@@ -102,8 +99,10 @@ def swap(
 
     Args:
         model: Any model; one that is to be sharded is swapped before ``fully_shard``.
-        norm: Replace ``nn.LayerNorm``, ``nn.RMSNorm``, and modules that compute an RMSNorm with one weight,
-            as Transformers writes it for Llama (``w``) and Gemma (``1 + w``).
+        norm: True replaces ``nn.LayerNorm``, ``nn.RMSNorm``, and modules that compute an RMSNorm with one weight,
+            as Transformers writes it for Llama (``w``) and Gemma (``1 + w``), by layers that compute the same. A
+            name replaces the same modules by another layer, to train with: ``"rms"``, ``"l1"``, ``"dyt"``,
+            ``"derf"``, ``"scale"``, ``"power"`` or ``"unified"``. False leaves norms alone.
         linear: Recipe of `narrowgauge.quant.Linear` for every ``nn.Linear``, the output head included
             (keep it out with ``filter=lambda name, module: name != "lm_head"``). None leaves them alone.
         inplace: Change ``model`` itself; otherwise a deep copy, which is the report's ``model``.
@@ -117,15 +116,14 @@ def swap(
     left. The new norms give back their input's dtype and round once. If anything raises, the model is as it
     was. `unswap` is the way back.
     """
-    if not isinstance(norm, bool):
-        raise ValueError(f"swap: norm must be True or False; got {norm!r}")
+    check_choice("swap", "norm", norm, (True, False, *norm_replacements))
     check_choice("swap", "linear", linear, (None, *quant.RECIPES))
 
     def replacement(module: nn.Module) -> tuple[nn.Module, str] | None:
         if linear is not None and isinstance(module, (nn.Linear, quant.Linear)):
             return _new_linear(module, linear)
         if norm and _looks_like_norm(module):
-            return _new_norm(module)
+            return _new_norm(module) if norm is True else _other_norm(module, str(norm))
         return None
 
     return _replace("swap", model, replacement, inplace, filter)
@@ -243,6 +241,33 @@ def _new_norm(old: nn.Module) -> tuple[nn.Module, str]:
     return _take_over(new, old), "scales by 1 + w" if offset else "scales by w"
 
 
+def _other_norm(old: nn.Module, kind: str) -> tuple[nn.Module, str]:
+    """A layer that computes something else, with the parameters of the old one."""
+    if isinstance(old, (LayerNorm, RMSNorm)):
+        if ORIGINAL in vars(old):
+            raise Unsuitable(f"{ALREADY}: unswap first")
+        same: nn.Module = old
+        _check_bare(old, set(old._parameters))
+    else:
+        same = _new_norm(old)[0]
+    assert isinstance(same, (LayerNorm, RMSNorm))
+    if same.weight_offset != 0:
+        raise Unsuitable("scales by 1 + w, which the weight of another layer does not mean")
+    parameter = next((p for p in old._parameters.values() if p is not None), torch.empty(0))
+    norm = ReplacedNorm(
+        same.normalized_shape,
+        _arguments.machine_eps(parameter.dtype) if same.eps is None else same.eps,
+        same.weight is not None,
+        same.bias is not None,
+        parameter.device,
+        parameter.dtype,
+    )
+    new = norm_replacements[kind](norm)
+    if type(new) is type(same):
+        return _new_norm(old)
+    return _take_over(new, old), "computes something else"
+
+
 def _new_linear(old: nn.Module, recipe: str) -> tuple[nn.Module, str]:
     if isinstance(old, quant.Linear):
         raise Unsuitable(ALREADY if old.recipe == recipe else f"has recipe {old.recipe}: unswap first")
@@ -269,7 +294,7 @@ def _old_module(new: nn.Module) -> tuple[nn.Module, str] | None:
     old = vars(new).get(ORIGINAL)
     if old is None:
         return None
-    _check_bare(new, set(new._parameters))
+    _check_bare(new, set(new._parameters), buffers=True)
     old = _with_parameters(old, {name: new._parameters.get(name) for name in old._parameters})
     return old.train(new.training), ""
 
@@ -285,7 +310,7 @@ def _check_forward(module: nn.Module, base: type[nn.Module]) -> None:
         raise Unsuitable(f"overrides the forward of nn.{base.__name__}")
 
 
-def _check_bare(module: nn.Module, parameters: set[str]) -> None:
+def _check_bare(module: nn.Module, parameters: set[str], buffers: bool = False) -> None:
     """There must be nothing about a module that its replacement would not have."""
     for name, parameter in module._parameters.items():
         if parameter is None:
@@ -301,7 +326,7 @@ def _check_bare(module: nn.Module, parameters: set[str]) -> None:
         raise Unsuitable("has parametrizations")
     if any(vars(module).get(hooks) for hooks in HOOKS):
         raise Unsuitable("has hooks")
-    if module._modules or module._buffers:
+    if module._modules or (module._buffers and not buffers):
         raise Unsuitable("has child modules or buffers")
     if set(module._parameters) != parameters:
         raise Unsuitable(f"its parameters are not {' and '.join(sorted(parameters))}")

@@ -39,7 +39,12 @@ def swap(
     linear: Annotated[
         str | None, typer.Option(help="Recipe for nn.Linear: int8-row or fp8-row. Left alone by default.")
     ] = None,
-    norm: Annotated[bool, typer.Option(help="Replace normalization layers.")] = True,
+    norm: Annotated[
+        bool, typer.Option(help="Replace normalization layers by ones that compute the same.")
+    ] = True,
+    norm_by: Annotated[
+        str | None, typer.Option(help="Replace them by this layer instead, such as dyt or power.")
+    ] = None,
 ) -> None:
     """Show what ng.swap would replace in a model, what it would leave, and why."""
     found = load(target)
@@ -47,6 +52,6 @@ def swap(
     if not isinstance(model, nn.Module):
         raise bad_option("TARGET", f"{target!r} gave a {type(model).__name__}, not a torch.nn.Module")
     try:
-        console.print(str(ng.swap(model, norm=norm, linear=linear)), markup=False, highlight=False)
+        console.print(str(ng.swap(model, norm=norm_by or norm, linear=linear)), markup=False, highlight=False)
     except ValueError as error:
-        raise bad_option("--linear", str(error)) from error
+        raise bad_option("--norm-by" if "norm must" in str(error) else "--linear", str(error)) from error

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from narrowgauge.norm import _arguments, _autograd, _reference
 from narrowgauge.norm._arguments import Shape, packed
+from narrowgauge.norm._replacement import ReplacedNorm, norm_replacement
 from narrowgauge.ops import Sample, SampleMaker, checks, library, operator
 
 
@@ -320,3 +321,10 @@ class RMSNorm(nn.Module):
             f"weight_offset={self.weight_offset}, casting={self.casting!r}, bias={self.bias is not None}, "
             f"output_scale={self.output_scale}"
         )
+
+
+@norm_replacement("rms")
+def _in_place_of(norm: ReplacedNorm) -> RMSNorm:
+    return RMSNorm(
+        norm.normalized_shape, norm.eps, norm.weight, bias=norm.bias, device=norm.device, dtype=norm.dtype
+    )
