@@ -148,6 +148,11 @@ def test_swap_reports_on_a_model(tmp_path, monkeypatch):
     assert (
         shown.output.strip() == str(narrowgauge.swap(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)))).strip()
     )
+    other = run("swap", "some_model:build", "--norm-by", "rms")
+    assert "narrowgauge.RMSNorm" in other.output
+    unknown = run("swap", "some_model:build", "--norm-by", "batch")
+    assert unknown.exit_code == 2
+    assert "--norm-by" in unknown.output
     for target, complaint in (
         ("some_model", "package.module:name"),
         ("some_model:absent", "cannot be imported"),

@@ -50,9 +50,22 @@ def test_survivors_need_a_reason_that_holds(
     (tmp_path / "mutations.toml").write_text(reasons)
     monkeypatch.setattr(mutate, "REASONS", tmp_path / "mutations.toml")
     monkeypatch.setattr(mutate, "barriers", lambda: ["a.cuh:1", "a.cuh:2"])
-    monkeypatch.setattr(mutate, "tests_fail", lambda disabled: disabled not in ["", *survivors])
+    monkeypatch.setattr(mutate, "operators_at_barriers", lambda: {"a.cuh:2": ["some_operator"]})
+    monkeypatch.setattr(
+        mutate, "is_noticed", lambda disabled, operators=None: disabled not in ["", *survivors]
+    )
     assert mutate.main() == (complaint is not None)
     assert (complaint or "") in capsys.readouterr().out
+
+
+@pytest.mark.emulator
+def test_the_operators_at_a_barrier_are_found() -> None:
+    load_emulator()
+    operators = mutate.operators_at_barriers()
+    assert set(operators) <= set(mutate.barriers())
+    (in_group_sum,) = {tuple(names) for site, names in operators.items() if "reduce.cuh" in site}
+    assert {"rms_norm", "layer_norm_backward"} <= set(in_group_sum)
+    assert "dequantize" not in in_group_sum
 
 
 @pytest.mark.emulator
