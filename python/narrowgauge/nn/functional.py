@@ -1,5 +1,27 @@
 """The functional forms of the layers in `narrowgauge.nn`."""
 
-from narrowgauge.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, rms_norm_quant
+from narrowgauge.norm import (
+    add_layer_norm,
+    add_rms_norm,
+    derf,
+    dyt,
+    layer_norm,
+    peri_add_norm,
+    poly_norm,
+    rms_norm,
+    rms_norm_quant,
+    seed_norm,
+)
 
-__all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm", "rms_norm_quant"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "derf",
+    "dyt",
+    "layer_norm",
+    "peri_add_norm",
+    "poly_norm",
+    "rms_norm",
+    "rms_norm_quant",
+    "seed_norm",
+]

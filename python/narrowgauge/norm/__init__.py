@@ -1,15 +1,31 @@
 """Normalization layers."""
 
+from narrowgauge.norm.dyt import Derf, DyT, derf, dyt
 from narrowgauge.norm.layer_norm import LayerNorm, add_layer_norm, layer_norm
+from narrowgauge.norm.peri_add_norm import peri_add_norm
+from narrowgauge.norm.placement import ResidualNorm, mix_ln_schemes
+from narrowgauge.norm.polynorm import PolyNorm, poly_norm
 from narrowgauge.norm.rms_norm import RMSNorm, add_rms_norm, rms_norm
 from narrowgauge.norm.rms_norm_quant import rms_norm_quant
+from narrowgauge.norm.seednorm import SeeDNorm, seed_norm
 
 __all__ = [
+    "Derf",
+    "DyT",
     "LayerNorm",
+    "PolyNorm",
     "RMSNorm",
+    "ResidualNorm",
+    "SeeDNorm",
     "add_layer_norm",
     "add_rms_norm",
+    "derf",
+    "dyt",
     "layer_norm",
+    "mix_ln_schemes",
+    "peri_add_norm",
+    "poly_norm",
     "rms_norm",
     "rms_norm_quant",
+    "seed_norm",
 ]

@@ -43,12 +43,12 @@ def normalized_sizes(function: str, x: Tensor, normalized_shape: Shape) -> tuple
     return sizes
 
 
-def last_size(function: str, x: Tensor) -> tuple[int]:
+def last_size(function: str, x: Tensor, name: str = "x") -> tuple[int]:
     """The size of the last dimension, which the residual forms normalize over."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{function}: x must be a tensor, got {type(x).__name__}")
+        raise TypeError(f"{function}: {name} must be a tensor, got {type(x).__name__}")
     if x.dim() == 0:
-        raise ValueError(f"{function}: x must have at least one dimension, got a scalar tensor")
+        raise ValueError(f"{function}: {name} must have at least one dimension, got a scalar tensor")
     return (x.shape[-1],)
 
 
@@ -79,7 +79,6 @@ def check(
     checks.check_floating(function, x=x, weight=weight, bias=bias, residual=residual)
     checks.check_eps(function, eps)
     checks.check_same_device(function, "x", x, weight=weight, bias=bias, residual=residual)
-    companions = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is None:
             continue
@@ -87,25 +86,32 @@ def check(
             raise ValueError(
                 f"{function}: {name} has shape {tuple(vector.shape)}; expected normalized_shape {sizes}"
             )
-        if vector.dtype not in companions:
-            raise TypeError(
-                f"{function}: {name} has dtype {vector.dtype} beside x of {x.dtype}; "
-                f"convert it to {' or '.join(map(str, companions))}"
-            )
+        check_companions(function, x, **{name: vector})
     if residual is not None:
         if residual.shape != x.shape:
             raise ValueError(
                 f"{function}: residual has shape {tuple(residual.shape)}; expected that of x, {tuple(x.shape)}"
             )
-        if residual.dtype not in companions:
-            raise TypeError(
-                f"{function}: residual has dtype {residual.dtype} beside x of {x.dtype}; "
-                f"convert it to {' or '.join(map(str, companions))}"
-            )
-    if out_dtype is not None and out_dtype not in companions:
+        check_companions(function, x, residual=residual)
+    if out_dtype is not None and out_dtype not in companions(x):
         raise TypeError(
-            f"{function}: out_dtype is {out_dtype} for x of {x.dtype}; expected {' or '.join(map(str, companions))}"
+            f"{function}: out_dtype is {out_dtype} for x of {x.dtype}; expected {' or '.join(map(str, companions(x)))}"
         )
+
+
+def companions(x: Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes that may stand beside x: its own, and float32 unless it is float64."""
+    return (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
+
+
+def check_companions(function: str, x: Tensor, x_name: str = "x", /, **tensors: Tensor | None) -> None:
+    """Every given tensor must have a dtype that may stand beside x."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in companions(x):
+            raise TypeError(
+                f"{function}: {name} has dtype {tensor.dtype} beside {x_name} of {x.dtype}; "
+                f"convert it to {' or '.join(map(str, companions(x)))}"
+            )
 
 
 def packed(vector: Tensor | None) -> Tensor | None:

@@ -1,0 +1,225 @@
+// CPU kernels of Dynamic Tanh and Derf.
+#include <utility>
+
+#include "common/math_erf.h"
+#include "common/row_cpu.h"
+#include "norm/dyt.h"
+
+NG_NAMESPACE_BEGIN
+namespace {
+
+struct Tanh {
+    template <class V>
+    static NG_HOST_DEVICE V value(V u) {
+        return tanh_pack(u);
+    }
+    template <class V>
+    static NG_HOST_DEVICE V derivative(V, V f) {
+        return 1 - f * f;
+    }
+};
+
+struct Erf {
+    template <class V>
+    static NG_HOST_DEVICE V value(V u) {
+        return erf_pack(u);
+    }
+    template <class V>
+    static NG_HOST_DEVICE V derivative(V u, V) {
+        constexpr auto two_over_root_pi = static_cast<Lane<V>>(1.12837916709551257);
+        return two_over_root_pi * exp_pack(-(u * u));
+    }
+};
+
+template <class A>
+A scalar_of(const void* source, DType type) {
+    A value;
+    return *widened<A>(source, type, A(0), A(0), 1, &value);
+}
+
+// What a channel's weight or bias is at column j of a row: a vector of the row, or one number.
+template <class A>
+struct AlongColumns {
+    const A* values;
+    NG_HOST_DEVICE auto pack(int64_t j) const { return load_pack(values + j); }
+    NG_HOST_DEVICE A scalar(int64_t j) const { return values[j]; }
+};
+template <class A>
+struct OfRow {
+    A value;
+    NG_HOST_DEVICE auto pack(int64_t) const { return typename Simd<A>::Pack{} + value; }
+    NG_HOST_DEVICE A scalar(int64_t) const { return value; }
+};
+
+// The last elements of a row as the first lanes of a pack, the others zero, so that they are computed like
+// the rest of it.
+template <class T>
+NG_HOST_DEVICE auto load_some(const T* p, int64_t count) {
+    T padded[Simd<compute_t<T>>::lanes] = {};
+    for (int64_t k = 0; k < count; ++k) padded[k] = p[k];
+    return load_pack(padded);
+}
+
+template <class X, class F, class Weight, class Bias>
+NG_HOST_DEVICE void forward_row(const X* x, X* y, int64_t columns, compute_t<X> alpha, compute_t<X> shift,
+                                Weight weight, Bias bias) {
+    using A = compute_t<X>;
+    constexpr int lanes = Simd<A>::lanes;
+    int64_t j = 0;
+    for (; j + lanes <= columns; j += lanes) {
+        store_pack(y + j, weight.pack(j) * F::value(load_pack(x + j) * alpha + shift) + bias.pack(j));
+    }
+    if (j == columns) return;
+    const auto f = F::value(load_some(x + j, columns - j) * alpha + shift);
+    for (int k = 0; j < columns; ++j, ++k) {
+        y[j] = from_compute<X>(weight.scalar(j) * f[k] + bias.scalar(j));
+    }
+}
+
+template <class X, class F>
+void forward_rows(const DytForward& args, int64_t begin, int64_t end) {
+    using A = compute_t<X>;
+    const A alpha = scalar_of<A>(args.alpha, args.alpha_type);
+    // Minus zero changes nothing; zero would turn a result of -0 into +0.
+    const A shift = args.shift ? scalar_of<A>(args.shift, args.shift_type) : A(-0.0);
+    Scratch<A> weight_space(args.channels), bias_space(args.channels);
+    const A* weight = widened<A>(args.weight, args.weight_type, A(0), A(1), args.channels, weight_space.get());
+    const A* bias = widened<A>(args.bias, args.bias_type, A(0), A(-0.0), args.channels, bias_space.get());
+    for (int64_t row = begin; row < end; ++row) {
+        const X* x = row_of<X>(args.x, row, args.columns);
+        X* y = row_of<X>(args.y, row, args.columns);
+        if (args.channels_last) {
+            forward_row<X, F>(x, y, args.columns, alpha, shift, AlongColumns<A>{weight}, AlongColumns<A>{bias});
+        } else {
+            const int64_t channel = row % args.channels;
+            forward_row<X, F>(x, y, args.columns, alpha, shift, OfRow<A>{weight[channel]},
+                              OfRow<A>{bias[channel]});
+        }
+    }
+}
+
+// The sums of one row, or of many with the channels last, where those of the channels are apart.
+template <class A>
+struct Sums {
+    A dalpha = 0, dshift = 0, dweight = 0, dbias = 0;
+};
+
+// Adds the row's terms of dweight and dbias to vectors (PerColumn) or to the sums.
+template <class X, class F, bool PerColumn, class Weight>
+NG_HOST_DEVICE void backward_row(const X* dy, const X* x, X* dx, int64_t columns, compute_t<X> alpha,
+                                 compute_t<X> shift, Weight weight, compute_t<X>* dweight,
+                                 compute_t<X>* dbias, Sums<compute_t<X>>& sums) {
+    using A = compute_t<X>;
+    constexpr int lanes = Simd<A>::lanes;
+    typename Simd<A>::Pack dalpha = {}, dshift = {}, dweights = {}, dbiases = {};
+    const auto terms = [&](auto s, auto g, auto w) __attribute__((always_inline)) {
+        const auto u = s * alpha + shift, f = F::value(u);
+        const auto du = g * w * F::derivative(u, f);
+        dalpha += du * s;
+        dshift += du;
+        if constexpr (!PerColumn) {
+            dweights += g * f;
+            dbiases += g;
+        }
+        return std::pair(du * alpha, g * f);
+    };
+    int64_t j = 0;
+    for (; j + lanes <= columns; j += lanes) {
+        const auto g = load_pack(dy + j);
+        const auto [d, gf] = terms(load_pack(x + j), g, weight.pack(j));
+        store_pack(dx + j, d);
+        if constexpr (PerColumn) {
+            store_pack(dweight + j, load_pack(dweight + j) + gf);
+            store_pack(dbias + j, load_pack(dbias + j) + g);
+        }
+    }
+    if (j < columns) {
+        typename Simd<A>::Pack w = {};
+        for (int64_t k = 0; j + k < columns; ++k) w[k] = weight.scalar(j + k);
+        const auto g = load_some(dy + j, columns - j);
+        const auto [d, gf] = terms(load_some(x + j, columns - j), g, w);
+        for (int64_t k = 0; j + k < columns; ++k) {
+            dx[j + k] = from_compute<X>(d[k]);
+            if constexpr (PerColumn) {
+                dweight[j + k] += gf[k];
+                dbias[j + k] += g[k];
+            }
+        }
+    }
+    sums.dalpha += sum_lanes(dalpha);
+    sums.dshift += sum_lanes(dshift);
+    if constexpr (!PerColumn) {
+        sums.dweight += sum_lanes(dweights);
+        sums.dbias += sum_lanes(dbiases);
+    }
+}
+
+template <class X, class F>
+void backward_chunks(const DytBackward& args, int64_t begin, int64_t end) {
+    using A = compute_t<X>;
+    const A alpha = scalar_of<A>(args.alpha, args.alpha_type);
+    const A shift = args.shift ? scalar_of<A>(args.shift, args.shift_type) : A(-0.0);
+    Scratch<A> weight_space(args.channels), dweight_space(args.channels), dbias_space(args.channels);
+    const A* weight = widened<A>(args.weight, args.weight_type, A(0), A(1), args.channels, weight_space.get());
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+        // Sums that nobody asked for go nowhere.
+        A* dweight = args.dweight_partial ? row_of<A>(args.dweight_partial, chunk, args.channels)
+                                          : dweight_space.get();
+        A* dbias = args.dbias_partial ? row_of<A>(args.dbias_partial, chunk, args.channels) : dbias_space.get();
+        for (int64_t j = 0; j < args.channels; ++j) dweight[j] = dbias[j] = 0;
+        Sums<A> sums;
+        const int64_t last = args.rows * (chunk + 1) / args.chunks;
+        for (int64_t row = args.rows * chunk / args.chunks; row < last; ++row) {
+            const X* dy = row_of<X>(args.dy, row, args.columns);
+            const X* x = row_of<X>(args.x, row, args.columns);
+            X* dx = row_of<X>(args.dx, row, args.columns);
+            if (args.channels_last) {
+                backward_row<X, F, true>(dy, x, dx, args.columns, alpha, shift, AlongColumns<A>{weight}, dweight,
+                                         dbias, sums);
+            } else {
+                const int64_t channel = row % args.channels;
+                Sums<A> of_row;
+                backward_row<X, F, false>(dy, x, dx, args.columns, alpha, shift, OfRow<A>{weight[channel]},
+                                          nullptr, nullptr, of_row);
+                dweight[channel] += of_row.dweight;
+                dbias[channel] += of_row.dbias;
+                sums.dalpha += of_row.dalpha;
+                sums.dshift += of_row.dshift;
+            }
+        }
+        if (args.dalpha_partial) static_cast<A*>(args.dalpha_partial)[chunk] = sums.dalpha;
+        if (args.dshift_partial) static_cast<A*>(args.dshift_partial)[chunk] = sums.dshift;
+    }
+}
+
+// f(x, F): the types and the function as values of their type.
+template <class F>
+void with_types(DType x_type, bool erf, F f) {
+    const auto with_function = [&](auto x) { erf ? f(x, Erf{}) : f(x, Tanh{}); };
+    switch (x_type) {
+        case DType::float64:
+            return with_function(double{});
+        case DType::bfloat16:
+            return with_function(bf16{});
+        case DType::float16:
+            return with_function(f16{});
+        default:
+            return with_function(float{});
+    }
+}
+
+}  // namespace
+
+void dyt_forward_rows(const DytForward& args, int64_t begin, int64_t end) {
+    with_types(args.x_type, args.erf, [&](auto x, auto f) {
+        forward_rows<decltype(x), decltype(f)>(args, begin, end);
+    });
+}
+
+void dyt_backward_chunks(const DytBackward& args, int64_t begin, int64_t end) {
+    with_types(args.x_type, args.erf, [&](auto x, auto f) {
+        backward_chunks<decltype(x), decltype(f)>(args, begin, end);
+    });
+}
+
+NG_NAMESPACE_END
