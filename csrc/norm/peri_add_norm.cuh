@@ -187,8 +187,11 @@ __global__ void __launch_bounds__(512, 1) peri_backward_kernel(PeriBackward args
 
         slice.template visit<Vectors>([&](int64_t j, int v) {
             if constexpr (!in_registers) {
-                if (args.dweight_out_partial) load_row<Width>(out_partial, chunk * columns + j, dweight_out[v]);
-                if (args.dweight_in_partial) load_row<Width>(in_partial, chunk * columns + j, dweight_in[v]);
+                const auto sums_so_far = [&](const void* partial, const char* name, A(&sums)[Width]) {
+                    if (partial) load_row<Width>(global<const A>(partial, name), chunk * columns + j, sums);
+                };
+                sums_so_far(args.dweight_out_partial, "dweight_out_partial", dweight_out[v]);
+                sums_so_far(args.dweight_in_partial, "dweight_in_partial", dweight_in[v]);
                 load_stream(j, v);
                 load_branch(j, v);
 #pragma unroll
