@@ -110,8 +110,9 @@ __global__ void __launch_bounds__(512, 1) peri_backward_kernel(PeriBackward args
     const auto out_partial = global<A>(args.dweight_out_partial, "dweight_out_partial");
     const auto in_partial = global<A>(args.dweight_in_partial, "dweight_in_partial");
 
-    // g is dy, and after the first norm the gradient that arrives at the branch's.
-    A g[held][Width], x_hat[held][Width], f_hat[held][Width];
+    // g is dy, and after the first norm the gradient that arrives at the branch's. x_new does not find room beside these
+    // and is loaded twice, the second time from the cache.
+    A g[held][Width], f_hat[held][Width];
     A dweight_out[held][Width] = {}, dweight_in[held][Width] = {};
     const RowSlice<Width> all(0, 1, columns, threads_per_row);
     const auto keep_sums = [&](int64_t j, const A(&out)[Width], const A(&in)[Width]) {
@@ -128,11 +129,10 @@ __global__ void __launch_bounds__(512, 1) peri_backward_kernel(PeriBackward args
         const RowSlice<Width> slice(row, args.rows, columns, threads_per_row);
         const A rstd_out = slice.active ? A(rstd_out_of[row]) : A(0);
         const A rstd_in = slice.active ? A(rstd_in_of[row]) : A(0);
-        const auto load_stream = [&](int64_t j, int v) {
-            load_row<Width>(dy, base + j, g[v]);
-            x_new.load(base + j, x_hat[v]);
+        const auto load_x_hat = [&](int64_t j, A(&x_hat)[Width]) {
+            x_new.load(base + j, x_hat);
 #pragma unroll
-            for (int k = 0; k < Width; ++k) x_hat[v][k] *= rstd_in;
+            for (int k = 0; k < Width; ++k) x_hat[k] *= rstd_in;
         };
         const auto load_branch = [&](int64_t j, int v) {
             load_row<Width>(f, base + j, f_hat[v]);
@@ -141,42 +141,42 @@ __global__ void __launch_bounds__(512, 1) peri_backward_kernel(PeriBackward args
         };
         if constexpr (in_registers) {
             slice.template visit<Vectors>([&](int64_t j, int v) {
-                load_stream(j, v);
+                load_row<Width>(dy, base + j, g[v]);
                 load_branch(j, v);
             });
         }
 
         A dot_in = 0;
         slice.template visit<Vectors>([&](int64_t j, int v) {
-            if constexpr (!in_registers) load_stream(j, v);
-            A scale[Width];
+            if constexpr (!in_registers) load_row<Width>(dy, base + j, g[v]);
+            A scale[Width], x_hat[Width];
+            load_x_hat(j, x_hat);
             load_scale(weight_in, args.weight_offset, j, scale);
 #pragma unroll
-            for (int k = 0; k < Width; ++k) dot_in += g[v][k] * scale[k] * x_hat[v][k];
+            for (int k = 0; k < Width; ++k) dot_in += g[v][k] * scale[k] * x_hat[k];
         });
         const A mean_in = group_sum(dot_in, threads_per_row, partials) * per_column;
 
         // From dy to the gradient of the stream, in place.
-        const auto through_norm = [&](int64_t j, int v) {
-            A scale[Width], added[Width];
+        const auto through_norm = [&](int64_t j, int v, bool summed) {
+            A scale[Width], x_hat[Width], added[Width];
+            load_x_hat(j, x_hat);
             load_scale(weight_in, args.weight_offset, j, scale);
             if (dx_new) dx_new.load(base + j, added);
 #pragma unroll
             for (int k = 0; k < Width; ++k) {
-                const A d = (g[v][k] * scale[k] - x_hat[v][k] * mean_in) * rstd_in;
+                if (summed) dweight_in[v][k] += g[v][k] * x_hat[k];
+                const A d = (g[v][k] * scale[k] - x_hat[k] * mean_in) * rstd_in;
                 g[v][k] = dx_new ? d + added[k] : d;
             }
         };
         A dot_out = 0;
         slice.template visit<Vectors>([&](int64_t j, int v) {
             if constexpr (!in_registers) {
-                load_stream(j, v);
+                load_row<Width>(dy, base + j, g[v]);
                 load_branch(j, v);
-            } else {
-#pragma unroll
-                for (int k = 0; k < Width; ++k) dweight_in[v][k] += g[v][k] * x_hat[v][k];
             }
-            through_norm(j, v);
+            through_norm(j, v, in_registers);
             store_beside<X>(args.dx, args.x_type, "dx", base + j, g[v]);
             A scale[Width];
             load_scale(weight_out, args.weight_offset, j, scale);
@@ -192,11 +192,9 @@ __global__ void __launch_bounds__(512, 1) peri_backward_kernel(PeriBackward args
                 };
                 sums_so_far(args.dweight_out_partial, "dweight_out_partial", dweight_out[v]);
                 sums_so_far(args.dweight_in_partial, "dweight_in_partial", dweight_in[v]);
-                load_stream(j, v);
+                load_row<Width>(dy, base + j, g[v]);
                 load_branch(j, v);
-#pragma unroll
-                for (int k = 0; k < Width; ++k) dweight_in[v][k] += g[v][k] * x_hat[v][k];
-                through_norm(j, v);
+                through_norm(j, v, true);
             }
             A scale[Width], results[Width];
             load_scale(weight_out, args.weight_offset, j, scale);
