@@ -70,7 +70,9 @@ BackwardLaunch backward_launch(const DytBackward& args) {
     if (args.channels_last) {
         result.strips = strips(args.rows, vectors);
     } else {
-        result.rows = persistent_grid(plan_for(forward_plans, vectors), args.rows);
+        Plan plan = plan_for(forward_plans, vectors);
+        plan.threads = std::min(plan.threads, 256);  // the launch bound; threads loop over their row
+        result.rows = persistent_grid(plan, args.rows);
     }
     return result;
 }

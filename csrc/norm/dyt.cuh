@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(128, 1) dyt_forward_kernel(DytForward args, in
     const Beside weights{args.weight, args.weight_type, "weight"}, biases{args.bias, args.bias_type, "bias"};
     const A alpha = scalar_of<A>(args.alpha, args.alpha_type, "alpha");
     const A shift = args.shift ? scalar_of<A>(args.shift, args.shift_type, "shift") : A(-0.0);
-    A weight[Width], bias[Width];
+    A weight[Width] = {}, bias[Width];
 #pragma unroll
     for (int k = 0; k < Width; ++k) bias[k] = A(-0.0);  // which keeps the sign of a zero
     if (args.channels_last) {
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(128, 1) dyt_backward_kernel(DytBackward args, 
 
 // Channels second: a group of threads sums over a row, which is of one channel.
 template <class X, int Width, class F>
-__global__ void __launch_bounds__(512, 1) dyt_backward_rows_kernel(DytBackward args, int threads_per_row) {
+__global__ void __launch_bounds__(256, 1) dyt_backward_rows_kernel(DytBackward args, int threads_per_row) {
     using A = compute_t<X>;
     SharedArena arena;
     const Shared<A> partials = arena.template take<A>(max_warps);

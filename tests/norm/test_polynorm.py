@@ -47,7 +47,7 @@ def test_laws(backend: Any) -> None:
     with ng.backend(backend):
         linear = poly_norm(x, torch.tensor([0.0, 0, 1]).double(), bias)
         assert_near(linear, torch.nn.functional.rms_norm(x, (33,), eps=1e-6))
-        cube = poly_norm(x, torch.tensor([1.0, 0, 0]).double())
+        cube = poly_norm(x, torch.tensor([1.0, 0, 0]).double(), eps=0.0)
         assert_near(cube.square().mean(-1), torch.ones(5, dtype=torch.float64), "unit mean square")
         even = poly_norm(x, torch.tensor([0.0, 1, 0]).double())
         assert_same_bits(poly_norm(-x, torch.tensor([0.0, 1, 0]).double()), even)
