@@ -12,7 +12,7 @@ struct ErfConstants;
 template <>
 struct ErfConstants<float> {
     static constexpr int p_degree = 6, q_degree = 6;
-    static constexpr float p[] = {0x1.06eba8p-3f,  -0x1.81273ep-2f,  0x1.ce2cf8p-4f, -0x1.b7f910p-6f,
+    static constexpr float p[] = {0x1.06eba8p-3f, -0x1.81273ep-2f,  0x1.ce2cf8p-4f, -0x1.b7f910p-6f,
                                   0x1.5405bep-8f, -0x1.a3f71ep-11f, 0x1.496a12p-14f};
     static constexpr float q[] = {-0x1.f3a2e8p+2f, -0x1.56928ap+2f,  -0x1.e344a6p-1f, -0x1.5efc94p-7f,
                                   0x1.43248ap-9f,  -0x1.3eb4c0p-13f, 0x1.86dd86p-13f};
@@ -21,17 +21,16 @@ struct ErfConstants<float> {
 template <>
 struct ErfConstants<double> {
     static constexpr int p_degree = 11, q_degree = 18;
-    static constexpr double p[] = {0x1.06eba8214db68p-3,  -0x1.812746b0379bdp-2,  0x1.ce2f21a040d21p-4,
-                                   -0x1.b82ce311fab6fp-6, 0x1.565bccf92eaadp-8,   -0x1.c02db03e3cd72p-11,
-                                   0x1.f9a2bab00ed8ep-14, -0x1.f4ca4dbca9a02p-17, 0x1.b97fd5d5cea58p-20,
-                                   -0x1.5c072df7c0e9ep-23, 0x1.d71b21cf3dcd1p-27, -0x1.abae353b8c9f6p-31};
-    static constexpr double q[] = {-0x1.c3991652a239ap+3,  -0x1.d107c6916253dp+2,  -0x1.eefa41a3db629p-1,
-                                   -0x1.567800d786250p-8,  0x1.ca1051d2cfc94p-11,  -0x1.34e6aa98d26ffp-13,
-                                   0x1.99396ba51c801p-16,  -0x1.04c2dba5f01e8p-18, 0x1.388ed4f9e319dp-21,
-                                   -0x1.855eca3294ff9p-24, 0x1.34bdc52c9a1a1p-31,  -0x1.d8694a9194eb7p-29,
-                                   0x1.2e76519e7d133p-29,  0x1.a7d9dd99acab4p-29,  0x1.e80d4062e2641p-30,
-                                   0x1.5bcbf034b52eep-31,  0x1.325bd026eb7e8p-33,  0x1.3f94e3e1970d1p-36,
-                                   0x1.2771dec42cccbp-40};
+    static constexpr double p[] = {0x1.06eba8214db68p-3,   -0x1.812746b0379bdp-2,  0x1.ce2f21a040d21p-4,
+                                   -0x1.b82ce311fab6fp-6,  0x1.565bccf92eaadp-8,   -0x1.c02db03e3cd72p-11,
+                                   0x1.f9a2bab00ed8ep-14,  -0x1.f4ca4dbca9a02p-17, 0x1.b97fd5d5cea58p-20,
+                                   -0x1.5c072df7c0e9ep-23, 0x1.d71b21cf3dcd1p-27,  -0x1.abae353b8c9f6p-31};
+    static constexpr double q[] = {
+        -0x1.c3991652a239ap+3, -0x1.d107c6916253dp+2,  -0x1.eefa41a3db629p-1, -0x1.567800d786250p-8,
+        0x1.ca1051d2cfc94p-11, -0x1.34e6aa98d26ffp-13, 0x1.99396ba51c801p-16, -0x1.04c2dba5f01e8p-18,
+        0x1.388ed4f9e319dp-21, -0x1.855eca3294ff9p-24, 0x1.34bdc52c9a1a1p-31, -0x1.d8694a9194eb7p-29,
+        0x1.2e76519e7d133p-29, 0x1.a7d9dd99acab4p-29,  0x1.e80d4062e2641p-30, 0x1.5bcbf034b52eep-31,
+        0x1.325bd026eb7e8p-33, 0x1.3f94e3e1970d1p-36,  0x1.2771dec42cccbp-40};
     static constexpr double centre = 3.5, saturated = 6.0;
 };
 

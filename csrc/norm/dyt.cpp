@@ -70,10 +70,11 @@ Tensor forward(const Tensor& x, const Tensor& alpha, const OptionalTensor& shift
     return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& alpha,
-                                                            const OptionalTensor& shift, const Tensor& weight,
-                                                            const OptionalTensor& bias, bool channels_last,
-                                                            bool erf, bool parameter_gradients) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x,
+                                                            const Tensor& alpha, const OptionalTensor& shift,
+                                                            const Tensor& weight, const OptionalTensor& bias,
+                                                            bool channels_last, bool erf,
+                                                            bool parameter_gradients) {
     const auto [rows, columns, channels] = check_channels(x, alpha, shift, weight, bias, channels_last);
     check_layout(dy, x, "dy");
     NG_CHECK(same_sizes(dy, x) && dtype(dy) == dtype(x), "dy must have the shape and dtype of x");

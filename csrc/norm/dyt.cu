@@ -14,8 +14,8 @@ struct Strips {
     int64_t across, down;  // blocks
 
     LaunchConfig config(size_t shared_bytes, Stream stream) const {
-        return {dim3(static_cast<unsigned>(across), static_cast<unsigned>(down)), dim3(threads), shared_bytes, 1,
-                stream};
+        return {dim3(static_cast<unsigned>(across), static_cast<unsigned>(down)), dim3(threads), shared_bytes,
+                1, stream};
     }
     int64_t groups() const { return down * (threads / threads_per_row); }
 };
@@ -47,8 +47,9 @@ void forward_of_width(const DytForward& args, Stream stream) {
 
 template <class X>
 void forward_of(const DytForward& args, Stream stream) {
-    const bool vector = args.channels_last ? vectorizable<X>(args.columns, {args.x, args.y, args.weight, args.bias})
-                                           : vectorizable<X>(args.columns, {args.x, args.y});
+    const bool vector = args.channels_last
+                            ? vectorizable<X>(args.columns, {args.x, args.y, args.weight, args.bias})
+                            : vectorizable<X>(args.columns, {args.x, args.y});
     if (vector) return forward_of_width<X, 16 / sizeof(X)>(args, stream);
     return forward_of_width<X, 1>(args, stream);
 }

@@ -1,8 +1,8 @@
-// CUDA kernels of Dynamic Tanh and Derf. Bytes: the forward reads x and writes y, the backward reads dy and x and
-// writes dx; weights and sums are small beside them.
+// CUDA kernels of Dynamic Tanh and Derf. Bytes: the forward reads x and writes y, the backward reads dy and x
+// and writes dx; weights and sums are small beside them.
 //
-// Nothing ties the elements of a row together. A block is `groups` x `threads_per_row` threads; a thread keeps to one
-// vector of columns, walks over rows, and has several of them in flight.
+// Nothing ties the elements of a row together. A block is `groups` x `threads_per_row` threads; a thread
+// keeps to one vector of columns, walks over rows, and has several of them in flight.
 #pragma once
 
 #include "common/row.cuh"
@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(128, 1) dyt_forward_kernel(DytForward args, in
 
 // The terms of one vector: dx in place of s, and what they add to the sums.
 template <int Width, class F, class A>
-__device__ __forceinline__ void dyt_terms(A (&s)[Width], const A (&g)[Width], const A (&weight)[Width], A alpha,
-                                          A shift, A& dalpha, A& dshift, A (&dweight)[Width],
+__device__ __forceinline__ void dyt_terms(A (&s)[Width], const A (&g)[Width], const A (&weight)[Width],
+                                          A alpha, A shift, A& dalpha, A& dshift, A (&dweight)[Width],
                                           A (&dbias)[Width]) {
 #pragma unroll
     for (int k = 0; k < Width; ++k) {
@@ -123,7 +123,8 @@ __device__ __forceinline__ void dyt_scalar_sums(const DytBackward& args, A dalph
     if (args.dshift_partial) global<A>(args.dshift_partial, "dshift_partial")[block] = dshift;
 }
 
-// Channels last: as the forward. A thread holds the sums of its columns, and its group writes one row of them.
+// Channels last: as the forward. A thread holds the sums of its columns, and its group writes one row of
+// them.
 template <class X, int Width, class F>
 __global__ void __launch_bounds__(128, 1) dyt_backward_kernel(DytBackward args, int threads_per_row) {
     using A = compute_t<X>;
@@ -210,8 +211,7 @@ __global__ void __launch_bounds__(256, 1) dyt_backward_rows_kernel(DytBackward a
         dweight_sum = group_sum(dweight_sum, threads_per_row, partials);
         dbias_sum = group_sum(dbias_sum, threads_per_row, partials);
         if (slice.active && slice.lane == 0) {
-            if (args.dweight_partial)
-                global<A>(args.dweight_partial, "dweight_partial")[row] = dweight_sum;
+            if (args.dweight_partial) global<A>(args.dweight_partial, "dweight_partial")[row] = dweight_sum;
             if (args.dbias_partial) global<A>(args.dbias_partial, "dbias_partial")[row] = dbias_sum;
         }
     }

@@ -83,13 +83,15 @@ void forward_rows(const DytForward& args, int64_t begin, int64_t end) {
     // Minus zero changes nothing; zero would turn a result of -0 into +0.
     const A shift = args.shift ? scalar_of<A>(args.shift, args.shift_type) : A(-0.0);
     Scratch<A> weight_space(args.channels), bias_space(args.channels);
-    const A* weight = widened<A>(args.weight, args.weight_type, A(0), A(1), args.channels, weight_space.get());
+    const A* weight =
+        widened<A>(args.weight, args.weight_type, A(0), A(1), args.channels, weight_space.get());
     const A* bias = widened<A>(args.bias, args.bias_type, A(0), A(-0.0), args.channels, bias_space.get());
     for (int64_t row = begin; row < end; ++row) {
         const X* x = row_of<X>(args.x, row, args.columns);
         X* y = row_of<X>(args.y, row, args.columns);
         if (args.channels_last) {
-            forward_row<X, F>(x, y, args.columns, alpha, shift, AlongColumns<A>{weight}, AlongColumns<A>{bias});
+            forward_row<X, F>(x, y, args.columns, alpha, shift, AlongColumns<A>{weight},
+                              AlongColumns<A>{bias});
         } else {
             const int64_t channel = row % args.channels;
             forward_row<X, F>(x, y, args.columns, alpha, shift, OfRow<A>{weight[channel]},
@@ -160,12 +162,14 @@ void backward_chunks(const DytBackward& args, int64_t begin, int64_t end) {
     const A alpha = scalar_of<A>(args.alpha, args.alpha_type);
     const A shift = args.shift ? scalar_of<A>(args.shift, args.shift_type) : A(-0.0);
     Scratch<A> weight_space(args.channels), dweight_space(args.channels), dbias_space(args.channels);
-    const A* weight = widened<A>(args.weight, args.weight_type, A(0), A(1), args.channels, weight_space.get());
+    const A* weight =
+        widened<A>(args.weight, args.weight_type, A(0), A(1), args.channels, weight_space.get());
     for (int64_t chunk = begin; chunk < end; ++chunk) {
         // Sums that nobody asked for go nowhere.
         A* dweight = args.dweight_partial ? row_of<A>(args.dweight_partial, chunk, args.channels)
                                           : dweight_space.get();
-        A* dbias = args.dbias_partial ? row_of<A>(args.dbias_partial, chunk, args.channels) : dbias_space.get();
+        A* dbias =
+            args.dbias_partial ? row_of<A>(args.dbias_partial, chunk, args.channels) : dbias_space.get();
         for (int64_t j = 0; j < args.channels; ++j) dweight[j] = dbias[j] = 0;
         Sums<A> sums;
         const int64_t last = args.rows * (chunk + 1) / args.chunks;
@@ -174,8 +178,8 @@ void backward_chunks(const DytBackward& args, int64_t begin, int64_t end) {
             const X* x = row_of<X>(args.x, row, args.columns);
             X* dx = row_of<X>(args.dx, row, args.columns);
             if (args.channels_last) {
-                backward_row<X, F, true>(dy, x, dx, args.columns, alpha, shift, AlongColumns<A>{weight}, dweight,
-                                         dbias, sums);
+                backward_row<X, F, true>(dy, x, dx, args.columns, alpha, shift, AlongColumns<A>{weight},
+                                         dweight, dbias, sums);
             } else {
                 const int64_t channel = row % args.channels;
                 Sums<A> of_row;
@@ -211,15 +215,13 @@ void with_types(DType x_type, bool erf, F f) {
 }  // namespace
 
 void dyt_forward_rows(const DytForward& args, int64_t begin, int64_t end) {
-    with_types(args.x_type, args.erf, [&](auto x, auto f) {
-        forward_rows<decltype(x), decltype(f)>(args, begin, end);
-    });
+    with_types(args.x_type, args.erf,
+               [&](auto x, auto f) { forward_rows<decltype(x), decltype(f)>(args, begin, end); });
 }
 
 void dyt_backward_chunks(const DytBackward& args, int64_t begin, int64_t end) {
-    with_types(args.x_type, args.erf, [&](auto x, auto f) {
-        backward_chunks<decltype(x), decltype(f)>(args, begin, end);
-    });
+    with_types(args.x_type, args.erf,
+               [&](auto x, auto f) { backward_chunks<decltype(x), decltype(f)>(args, begin, end); });
 }
 
 NG_NAMESPACE_END

@@ -80,9 +80,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> peri_add_norm_forward(const Tensor& f
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> peri_add_norm_backward(
-    const Tensor& dy, const OptionalTensor& dx_new, const Tensor& f, const Tensor& x_new, const Tensor& rstd_out,
-    const Tensor& rstd_in, const OptionalTensor& weight_out, const OptionalTensor& weight_in,
-    double weight_offset, bool weight_gradients) {
+    const Tensor& dy, const OptionalTensor& dx_new, const Tensor& f, const Tensor& x_new,
+    const Tensor& rstd_out, const Tensor& rstd_in, const OptionalTensor& weight_out,
+    const OptionalTensor& weight_in, double weight_offset, bool weight_gradients) {
     const auto [rows, columns] = check_rows(f);
     check_layout(dy, f, "dy");
     NG_CHECK(same_sizes(dy, f) && dtype(dy) == dtype(f), "dy must have the shape and dtype of f");

@@ -31,8 +31,9 @@ struct BackwardLaunch {
 
 BackwardLaunch backward_launch(const PeriBackward& args) {
     const int width = static_cast<int>(16 / size_of(args.f_type));
-    const bool vector = args.columns % width == 0 && aligned({args.dy, args.dx_new, args.f, args.x_new,
-                                                              args.weight_out, args.weight_in, args.df, args.dx});
+    const bool vector =
+        args.columns % width == 0 && aligned({args.dy, args.dx_new, args.f, args.x_new, args.weight_out,
+                                              args.weight_in, args.df, args.dx});
     const int used = vector ? width : 1;
     return {used, persistent_grid(plan_for(backward_plans, (args.columns + used - 1) / used), args.rows)};
 }

@@ -1,6 +1,6 @@
-// CUDA kernels of the Peri-LN junction: two dependent sums over a row in one kernel. Bytes: the forward reads f and x and
-// writes x_new and y; the backward reads dy, dx_new, f and x_new and writes df and dx. How rows lie on threads:
-// common/row.cuh.
+// CUDA kernels of the Peri-LN junction: two dependent sums over a row in one kernel. Bytes: the forward reads
+// f and x and writes x_new and y; the backward reads dy, dx_new, f and x_new and writes df and dx. How rows
+// lie on threads: common/row.cuh.
 #pragma once
 
 #include "common/row.cuh"
@@ -10,7 +10,8 @@ namespace narrowgauge {
 
 // weight + offset, or ones.
 template <int Width, class A>
-__device__ __forceinline__ void load_scale(const Beside& weight, double offset, int64_t j, A (&values)[Width]) {
+__device__ __forceinline__ void load_scale(const Beside& weight, double offset, int64_t j,
+                                           A (&values)[Width]) {
 #pragma unroll
     for (int k = 0; k < Width; ++k) values[k] = A(1);
     if (!weight) return;
@@ -86,8 +87,8 @@ __global__ void __launch_bounds__(512, 1) peri_forward_kernel(PeriForward args, 
     }
 }
 
-// A group of threads walks over rows and owns one row of the partial sums, each thread its columns of it. Rows too long
-// for registers (Vectors = 0) are read again, and their partial sums grow in memory.
+// A group of threads walks over rows and owns one row of the partial sums, each thread its columns of it.
+// Rows too long for registers (Vectors = 0) are read again, and their partial sums grow in memory.
 template <class X, int Width, int Vectors>
 __global__ void __launch_bounds__(512, 1) peri_backward_kernel(PeriBackward args, int threads_per_row) {
     using A = compute_t<X>;
@@ -110,8 +111,8 @@ __global__ void __launch_bounds__(512, 1) peri_backward_kernel(PeriBackward args
     const auto out_partial = global<A>(args.dweight_out_partial, "dweight_out_partial");
     const auto in_partial = global<A>(args.dweight_in_partial, "dweight_in_partial");
 
-    // g is dy, and after the first norm the gradient that arrives at the branch's. x_new does not find room beside these
-    // and is loaded twice, the second time from the cache.
+    // g is dy, and after the first norm the gradient that arrives at the branch's. x_new does not find room
+    // beside these and is loaded twice, the second time from the cache.
     A g[held][Width], f_hat[held][Width];
     A dweight_out[held][Width] = {}, dweight_in[held][Width] = {};
     const RowSlice<Width> all(0, 1, columns, threads_per_row);

@@ -1,5 +1,5 @@
-// CPU kernels of the Peri-LN junction. A row is read from memory once and stays in the first-level cache for the passes
-// that follow. X is the type of f and y, S that of the stream.
+// CPU kernels of the Peri-LN junction. A row is read from memory once and stays in the first-level cache for
+// the passes that follow. X is the type of f and y, S that of the stream.
 #include <cmath>
 #include <type_traits>
 
@@ -14,10 +14,12 @@ void forward_rows(const PeriForward& args, int64_t begin, int64_t end) {
     using A = compute_t<X>;
     const int64_t columns = args.columns;
     const A offset = static_cast<A>(args.weight_offset), eps = static_cast<A>(args.eps);
-    Scratch<A> out_space(columns), in_space(columns);
+    Scratch<A> out_space(columns), in_space(columns), sum_space(columns);
     const A* weight_out =
         widened<A>(args.weight_out, args.weight_out_type, offset, A(1), columns, out_space.get());
-    const A* weight_in = widened<A>(args.weight_in, args.weight_in_type, offset, A(1), columns, in_space.get());
+    const A* weight_in =
+        widened<A>(args.weight_in, args.weight_in_type, offset, A(1), columns, in_space.get());
+    A* s = sum_space.get();  // un-rounded: what is normalized, even where x_new is stored narrower
     for (int64_t row = begin; row < end; ++row) {
         const X* f = row_of<X>(args.f, row, columns);
         const S* x = row_of<S>(args.x, row, columns);
@@ -34,22 +36,17 @@ void forward_rows(const PeriForward& args, int64_t begin, int64_t end) {
                 return v * v;
             });
         const A rstd_out = A(1) / std::sqrt(squares / static_cast<A>(columns) + eps);
-        // The un-rounded sum: what is normalized, even where x_new is stored narrower.
-        const auto pack = [=](int64_t j) {
-            return load_pack(f + j) * rstd_out * load_pack(weight_out + j) + load_pack(x + j);
-        };
-        const auto scalar = [=](int64_t j) {
-            return to_compute(f[j]) * rstd_out * weight_out[j] + static_cast<A>(to_compute(x[j]));
-        };
         const A sum_of_squares = sum_row<A>(
             columns,
             [=](int64_t j) {
-                const auto v = pack(j);
+                const auto v = load_pack(f + j) * rstd_out * load_pack(weight_out + j) + load_pack(x + j);
+                store_pack(s + j, v);
                 store_pack(x_new + j, v);
                 return v * v;
             },
             [=](int64_t j) {
-                const A v = scalar(j);
+                const A v = to_compute(f[j]) * rstd_out * weight_out[j] + static_cast<A>(to_compute(x[j]));
+                s[j] = v;
                 x_new[j] = from_compute<S>(v);
                 return v * v;
             });
@@ -59,9 +56,9 @@ void forward_rows(const PeriForward& args, int64_t begin, int64_t end) {
             [=](int64_t j) {
                 __builtin_prefetch(f + columns + j);  // the next row, while this one is computed
                 __builtin_prefetch(x + columns + j);
-                store_pack(y + j, pack(j) * rstd_in * load_pack(weight_in + j));
+                store_pack(y + j, load_pack(s + j) * rstd_in * load_pack(weight_in + j));
             },
-            [=](int64_t j) { y[j] = from_compute<X>(scalar(j) * rstd_in * weight_in[j]); });
+            [=](int64_t j) { y[j] = from_compute<X>(s[j] * rstd_in * weight_in[j]); });
         if (args.rstd_out) static_cast<A*>(args.rstd_out)[row] = rstd_out;
         if (args.rstd_in) static_cast<A*>(args.rstd_in)[row] = rstd_in;
     }
@@ -75,7 +72,8 @@ void backward_chunks(const PeriBackward& args, int64_t begin, int64_t end) {
     Scratch<A> out_space(columns), in_space(columns), d_space(columns), unused(columns);
     const A* weight_out =
         widened<A>(args.weight_out, args.weight_out_type, offset, A(1), columns, out_space.get());
-    const A* weight_in = widened<A>(args.weight_in, args.weight_in_type, offset, A(1), columns, in_space.get());
+    const A* weight_in =
+        widened<A>(args.weight_in, args.weight_in_type, offset, A(1), columns, in_space.get());
     A* d = d_space.get();
     for (int64_t chunk = begin; chunk < end; ++chunk) {
         // Sums that nobody asked for go nowhere.

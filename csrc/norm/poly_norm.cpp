@@ -44,7 +44,8 @@ Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                            const OptionalTensor& bias, double eps, bool parameter_gradients) {
+                                            const OptionalTensor& bias, double eps,
+                                            bool parameter_gradients) {
     auto [rows, columns] = check(x, weight, bias, eps);
     check_layout(dy, x, "dy");
     NG_CHECK(same_sizes(dy, x) && dtype(dy) == dtype(x), "dy must have the shape and dtype of x");

@@ -1,5 +1,5 @@
-// CUDA kernels of PolyNorm. Bytes: the forward reads x and writes y, the backward reads dy and x and writes dx. How rows
-// lie on threads: common/row.cuh.
+// CUDA kernels of PolyNorm. Bytes: the forward reads x and writes y, the backward reads dy and x and writes
+// dx. How rows lie on threads: common/row.cuh.
 #pragma once
 
 #include "common/row.cuh"
@@ -23,7 +23,8 @@ __device__ __forceinline__ void load_weights(const void* weight, DType type, A (
 }
 
 template <class X, int Width, int Vectors>
-__global__ void __launch_bounds__(512, 1) poly_norm_forward_kernel(PolyNormForward args, int threads_per_row) {
+__global__ void __launch_bounds__(512, 1)
+    poly_norm_forward_kernel(PolyNormForward args, int threads_per_row) {
     using A = compute_t<X>;
     SharedArena arena;
     const Shared<A> partials = arena.template take<A>(max_warps);
@@ -66,7 +67,8 @@ __global__ void __launch_bounds__(512, 1) poly_norm_forward_kernel(PolyNormForwa
 
 // A group of threads walks over rows and owns one row of the partial sums.
 template <class X, int Width, int Vectors>
-__global__ void __launch_bounds__(512, 1) poly_norm_backward_kernel(PolyNormBackward args, int threads_per_row) {
+__global__ void __launch_bounds__(512, 1)
+    poly_norm_backward_kernel(PolyNormBackward args, int threads_per_row) {
     using A = compute_t<X>;
     SharedArena arena;
     const Shared<A> partials = arena.template take<A>(max_warps);
@@ -86,8 +88,7 @@ __global__ void __launch_bounds__(512, 1) poly_norm_backward_kernel(PolyNormBack
         const auto load_x = [&](int64_t j, A(&values)[Width]) { load_row<Width>(x, base + j, values); };
         RowValues<A, Width, Vectors> s_row, g_row;
         s_row.load_once(slice, load_x);
-        g_row.load_once(slice,
-                        [&](int64_t j, A(&values)[Width]) { load_row<Width>(dy, base + j, values); });
+        g_row.load_once(slice, [&](int64_t j, A(&values)[Width]) { load_row<Width>(dy, base + j, values); });
         const auto visit = [&](auto&& function) {
             slice.template visit<Vectors>([&](int64_t j, int v) {
                 if constexpr (Vectors == 0) {

@@ -4,8 +4,8 @@
 //     dw_u = sum of g N(u),   dbias = sum of g
 //     dx = sum over u of w_u r_u u' (g - N(u) mean(g N(u))),    u' = 3 s^2, 2 s, 1
 //
-// Rows are contiguous. Nothing is saved for the backward: its sums need s and dy anyway, and the mean squares come with
-// them.
+// Rows are contiguous. Nothing is saved for the backward: its sums need s and dy anyway, and the mean squares
+// come with them.
 #pragma once
 
 #include "common/cpu.h"

@@ -1,4 +1,5 @@
-// CPU kernels of PolyNorm. A row is read from memory once and stays in the first-level cache for the second pass.
+// CPU kernels of PolyNorm. A row is read from memory once and stays in the first-level cache for the second
+// pass.
 #include <cmath>
 
 #include "common/row_cpu.h"

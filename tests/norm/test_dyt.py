@@ -53,7 +53,11 @@ def units_in_the_last_place(actual: Tensor, truth: Tensor) -> float:
     """The largest error, in units of the last place of the true value (of the smallest normal number near zero)."""
     info = torch.finfo(actual.dtype)
     exponent = torch.frexp(truth.abs().clamp(min=info.tiny)).exponent - 1
-    return ((actual.double() - truth).abs() / torch.ldexp(torch.full_like(truth, info.eps), exponent)).max().item()
+    return (
+        ((actual.double() - truth).abs() / torch.ldexp(torch.full_like(truth, info.eps), exponent))
+        .max()
+        .item()
+    )
 
 
 @pytest.mark.parametrize("isa", ng.ops.library.available_cpu_isas())
@@ -147,7 +151,9 @@ def test_gradients_are_those_of_torch(shape: tuple[int, ...], backend: Any) -> N
 
 
 @each_backend
-@pytest.mark.parametrize("shape", [(2, 5, 7, 3), (3, 4, 64), (2, 3), (1, 2, 33, 33), (0, 3, 4), (2, 3, 0)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "shape", [(2, 5, 7, 3), (3, 4, 64), (2, 3), (1, 2, 33, 33), (0, 3, 4), (2, 3, 0)], ids=str
+)
 def test_channels_first_is_channels_last_of_the_moved_axis(shape: tuple[int, ...], backend: Any) -> None:
     x, alpha, shift, weight, bias = (t.requires_grad_() for t in tensors(*shape, channels=shape[1]))
     dy = torch.randn(shape, dtype=torch.float64)

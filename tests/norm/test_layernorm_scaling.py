@@ -89,14 +89,21 @@ def test_scaling_is_pre_ln_with_smaller_norms(norm: Any) -> None:
 
 def test_other_schemes_and_other_factors_are_refused_and_left_alone() -> None:
     post = Model(nn.LayerNorm, names=("post_attention_layernorm", "post_feedforward_layernorm"))
-    with pytest.raises(ValueError, match="model.layers.0 has post_feedforward_layernorm, so it is not a Pre-LN"):
+    with pytest.raises(
+        ValueError, match=r"model.layers.0 has post_feedforward_layernorm, so it is not a Pre-LN"
+    ):
         apply_layernorm_scaling(post)
-    with pytest.raises(ValueError, match="model.layers.0 lacks input_layernorm or post_attention_layernorm"):
+    with pytest.raises(ValueError, match=r"model.layers.0 lacks input_layernorm or post_attention_layernorm"):
         apply_layernorm_scaling(Model(nn.LayerNorm, names=("input_layernorm",)))
     with pytest.raises(ValueError, match=r"the model has no layers.\{i\}.input_layernorm"):
         apply_layernorm_scaling(nn.Sequential(nn.LayerNorm(8)))
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got dict"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got dict"):
         apply_layernorm_scaling({})  # type: ignore[arg-type]
+
+    model = Model(NORMS["ours rms"])
+    model.model.layers[1].input_layernorm = model.model.layers[0].input_layernorm
+    with pytest.raises(ValueError, match=r"layers.1.input_layernorm is the same module as model.layers.0"):
+        apply_layernorm_scaling(model)
 
     model = Model(NORMS["ours rms"])
     model.model.layers[2].input_layernorm.output_scale = 0.5

@@ -347,7 +347,10 @@ def test_wrong_values_are_named(build: Any, message: str) -> None:
     [
         ((torch.ones(2, 3), None), "x must be a tensor, got NoneType"),
         ((torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3)), "f has dtype torch.int64"),
-        ((torch.ones(2, 3), torch.ones(2, 3).double()), "x has dtype torch.float64 beside f of torch.float32"),
+        (
+            (torch.ones(2, 3), torch.ones(2, 3).double()),
+            "x has dtype torch.float64 beside f of torch.float32",
+        ),
         (
             (torch.ones(2, 3), torch.ones(2, 3), None, torch.ones(3).half()),
             "w_in has dtype torch.float16",

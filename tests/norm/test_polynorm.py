@@ -128,7 +128,7 @@ def test_seed_norm_is_its_formula() -> None:
         (lambda: poly_norm([1.0], torch.ones(3)), TypeError, "x must be a tensor, got list"),
         (lambda: poly_norm(torch.ones(2), [1, 1, 1]), TypeError, "weight must be a tensor, got list"),
         (lambda: poly_norm(torch.ones(2), torch.ones(3).half()), TypeError, "weight has dtype torch.float16"),
-        (lambda: seed_norm(torch.ones(2), torch.ones(2), torch.ones(3), torch.ones(2)), ValueError, r"beta has shape \(3,\)"),
+        (lambda: seed_norm(*map(torch.ones, (2, 2, 3, 2))), ValueError, r"beta has shape \(3,\)"),
         (lambda: seed_norm(torch.ones(2), torch.ones(2), None, torch.ones(2)), TypeError, "beta must be a tensor"),
         (lambda: PolyNorm(math.nan), ValueError, "eps must be a finite number"),
     ],

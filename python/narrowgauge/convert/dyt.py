@@ -75,12 +75,12 @@ def convert_norm_to_dyt(model: nn.Module, alpha_init: Alpha = 0.5) -> nn.Module:
         if shape is None or alpha is None:
             continue
         like = next(module.parameters(), next(model.parameters(), None))
-        place = {} if like is None else {"device": like.device, "dtype": like.dtype}
         bias = module._parameters.get("bias") is not None
-        replacements[module] = DyT(shape, alpha, bias, _channels_last(module), **place).train(module.training)
+        layer = DyT(shape, alpha, bias, _channels_last(module)).train(module.training)
+        replacements[module] = layer if like is None else layer.to(like.device, like.dtype)
     if not replacements:
         raise ValueError(
-            "convert_norm_to_dyt: no LayerNorm or RMSNorm of the model was to be replaced; with a mapping or a function "
+            "convert_norm_to_dyt: no LayerNorm or RMSNorm of the model was to be replaced; with a mapping or function "
             "as alpha_init, look at the names in model.named_modules()"
         )
     for parent in list(model.modules()):

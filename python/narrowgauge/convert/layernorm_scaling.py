@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from narrowgauge.norm import RMSNorm
 from narrowgauge.swap import swap
 
-NORMS = ("input_layernorm", "post_attention_layernorm")  # before attention and before the MLP of a Pre-LN layer
+NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+)  # before attention and before the MLP of a Pre-LN layer
 OF_OTHER_SCHEMES = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
@@ -43,17 +46,18 @@ def _scale_of(norm: nn.Module) -> float:
 def apply_layernorm_scaling(model: nn.Module) -> nn.Module:
     """Scales the norms of layer i, counted from 0, by ``1 / sqrt(i + 1)``; in place, and returns the model.
 
-    These are ``layers.{i}.input_layernorm`` and ``layers.{i}.post_attention_layernorm``, wherever in the model ``layers``
-    is. RMSNorms become `narrowgauge.nn.RMSNorm`, with their parameters and an ``output_scale``; the output of any other
-    norm is multiplied. No weight changes, so that weight decay and learning rate act as they did; the final norm stays
-    as it is. The method is for training: a trained model computes something else afterwards.
+    These are ``layers.{i}.input_layernorm`` and ``layers.{i}.post_attention_layernorm``, wherever in the model
+    ``layers`` is. RMSNorms become `narrowgauge.nn.RMSNorm`, with their parameters and an ``output_scale``; the output of
+    any other norm is multiplied. No weight changes, so that weight decay and learning rate act as they did; the final
+    norm stays as it is. The method is for training: a trained model computes something else afterwards.
 
     Args:
         model: A Pre-LN model whose layers have these names, such as a LLaMA of Transformers.
 
     Raises:
-        ValueError: There are no such layers; a layer is Post-LN or Peri-LN, where the names stand at other places; a norm
-            is scaled by another factor already. A model that this function has scaled before is left as it is.
+        ValueError: There are no such layers; a layer is Post-LN or Peri-LN, where the names stand at other places; a
+            norm is scaled by another factor already, or is that of two layers. A model that this function
+            has scaled before is left as it is.
 
     Source: arXiv 2502.05795.
     """
@@ -62,6 +66,7 @@ def apply_layernorm_scaling(model: nn.Module) -> nn.Module:
             f"apply_layernorm_scaling: model must be a torch.nn.Module, got {type(model).__name__}"
         )
     factors: dict[str, float] = {}
+    places: dict[nn.Module, tuple[str, float]] = {}
     for layer_name, index, layer in _layers(model):
         if not any(hasattr(layer, name) for name in (*NORMS, *OF_OTHER_SCHEMES)):
             continue
@@ -73,8 +78,14 @@ def apply_layernorm_scaling(model: nn.Module) -> nn.Module:
                 "defined for Pre-LN only"
             )
         for name in NORMS:
-            factor = 1 / math.sqrt(index + 1)
-            scale = _scale_of(getattr(layer, name))
+            factor, norm = 1 / math.sqrt(index + 1), getattr(layer, name)
+            place, other_factor = places.setdefault(norm, (f"{layer_name}.{name}", factor))
+            if other_factor != factor:
+                raise ValueError(
+                    f"apply_layernorm_scaling: {layer_name}.{name} is the same module as {place}; "
+                    "every layer needs norms of its own"
+                )
+            scale = _scale_of(norm)
             if scale not in (1.0, factor):
                 raise ValueError(
                     f"apply_layernorm_scaling: {layer_name}.{name} is scaled by {scale} already, not by {factor}; "

@@ -257,9 +257,7 @@ def _check(
             f"dimension of x, whose shape is {tuple(x.shape)}"
         )
     if bias is not None and bias.shape != weight.shape:
-        raise ValueError(
-            f"{function}: bias has shape {tuple(bias.shape)}; expected that of weight, {sizes}"
-        )
+        raise ValueError(f"{function}: bias has shape {tuple(bias.shape)}; expected that of weight, {sizes}")
     _arguments.check_companions(function, x, **tensors)
 
 
@@ -272,7 +270,8 @@ class _Squash(nn.Module):
     bias: Tensor | None
 
     def __init__(self, normalized_shape: Shape, alpha_init: float, shift_init: float | None, bias: bool,
-                 channels_last: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:  # fmt: skip
+                 channels_last: bool, device: torch.device | str | None,
+                 dtype: torch.dtype | None) -> None:  # fmt: skip
         super().__init__()
         self.normalized_shape = _arguments.as_sizes(normalized_shape)
         if not channels_last and len(self.normalized_shape) != 1:

@@ -34,7 +34,9 @@ def _samples(make: SampleMaker) -> Iterator[Sample]:
     yield Sample(call(129), "a single row without a batch dimension")
     yield Sample(call(0, 8), "no rows")
     yield Sample(call(4, 0), "rows without elements")
-    yield Sample(call(70, 33, offset=1.0), "several partial sums of the weight gradients; zero-centred weights")
+    yield Sample(
+        call(70, 33, offset=1.0), "several partial sums of the weight gradients; zero-centred weights"
+    )
     yield Sample(call(2, 1032), "longer than one warp's registers")
     yield Sample(call(7, 1029), "an odd row longer than a block's registers; more rows than groups")
     yield Sample(call(6, 40, out=False, into=False, eps=1e-5), "no weights")
@@ -97,7 +99,7 @@ def peri_add_norm_forward_op(
 
 def _backward_samples(make: SampleMaker) -> Iterator[Sample]:
     for i, sample in enumerate(_samples(make)):
-        f, x, weight_out, weight_in, eps, weight_offset = sample.args
+        f, x, weight_out, weight_in, _, weight_offset = sample.args
         _, x_new, *statistics = _forward(*sample.args)
         dx_new = None if i == 1 else make(*x.shape, dtype=x.dtype)
         yield Sample(
@@ -222,9 +224,7 @@ def peri_add_norm(
     checks.check_eps("peri_add_norm", eps)
     checks.check_same_device("peri_add_norm", "f", f, x=x, w_out=w_out, w_in=w_in)
     if x.shape != f.shape:
-        raise ValueError(
-            f"peri_add_norm: x has shape {tuple(x.shape)}; expected that of f, {tuple(f.shape)}"
-        )
+        raise ValueError(f"peri_add_norm: x has shape {tuple(x.shape)}; expected that of f, {tuple(f.shape)}")
     for name, weight in (("w_out", w_out), ("w_in", w_in)):
         if weight is not None and tuple(weight.shape) != (d,):
             raise ValueError(f"peri_add_norm: {name} has shape {tuple(weight.shape)}; expected ({d},)")

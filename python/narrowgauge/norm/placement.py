@@ -59,8 +59,8 @@ class ResidualNorm(nn.Module):
         eps: Added to the mean square or variance. Default 1e-6.
         residual_scale: The factor c of ``"deep"``, which needs it; ``(2 * num_layers) ** 0.25`` in a decoder.
 
-    The parameters are in ``norm_in`` and ``norm_out``; the one that a scheme does not have is None. A model ends with an
-    ordinary norm before its head, whatever the scheme, and ``"lns"`` does not scale that one.
+    The parameters are in ``norm_in`` and ``norm_out``; the one that a scheme does not have is None. A model ends with
+    an ordinary norm before its head, whatever the scheme, and ``"lns"`` does not scale that one.
     """
 
     norm_in: RMSNorm | LayerNorm | None
@@ -82,7 +82,9 @@ class ResidualNorm(nn.Module):
         checks.check_choice("ResidualNorm", "scheme", scheme, SCHEMES)
         checks.check_choice("ResidualNorm", "norm", norm, ("rms", "layer"))
         if scheme == "lns" and layer_index is None:
-            raise ValueError("ResidualNorm: scheme 'lns' needs layer_index, the layer's number counted from 1")
+            raise ValueError(
+                "ResidualNorm: scheme 'lns' needs layer_index, the layer's number counted from 1"
+            )
         if layer_index is not None and (not isinstance(layer_index, int) or layer_index < 1):
             raise ValueError(f"ResidualNorm: layer_index counts from 1, got {layer_index!r}")
         if (residual_scale is None) == (scheme == "deep"):
@@ -128,7 +130,9 @@ class ResidualNorm(nn.Module):
             return x + out(f)
         if self.residual_scale is not None:
             x = x * self.residual_scale
-        add_norm: Callable[..., tuple[Tensor, Tensor]] = add_rms_norm if self.norm == "rms" else add_layer_norm
+        add_norm: Callable[..., tuple[Tensor, Tensor]] = (
+            add_rms_norm if self.norm == "rms" else add_layer_norm
+        )
         return add_norm(f, x, out.weight, eps=self.eps, bias=out.bias)[0]
 
     def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
@@ -167,7 +171,10 @@ class ResidualNorm(nn.Module):
 
     def extra_repr(self) -> str:
         scale = "" if self.residual_scale is None else f", residual_scale={self.residual_scale:.6g}"
-        return f"{self.dim}, scheme={self.scheme!r}, norm={self.norm!r}, layer_index={self.layer_index}, eps={self.eps}{scale}"
+        return (
+            f"{self.dim}, scheme={self.scheme!r}, norm={self.norm!r}, layer_index={self.layer_index}, "
+            f"eps={self.eps}{scale}"
+        )
 
 
 system(

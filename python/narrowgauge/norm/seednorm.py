@@ -62,8 +62,8 @@ class SeeDNorm(nn.Module):
         eps: Added to the mean square. Default 1e-6.
         alpha_init: Initial value of alpha. Default 1: the paper's own value was not available.
 
-    Parameters are ``alpha``, ``beta`` (zeros, so that the layer starts as an RMSNorm) and ``gamma`` (ones), all of shape
-    (dim,). In plain PyTorch. Source: arXiv 2510.22777.
+    Parameters are ``alpha``, ``beta`` (zeros, so that the layer starts as an RMSNorm) and ``gamma`` (ones), all of
+    shape (dim,). In plain PyTorch. Source: arXiv 2510.22777.
     """
 
     def __init__(
