@@ -257,6 +257,18 @@ def test_conversion_of_convolutional_and_shared_norms() -> None:
     assert isinstance(model[3], nn.BatchNorm2d)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("dyt", DyT), ("derf", Derf)])
+def test_swap_puts_them_in_place_of_norms_with_a_weight(name: str, kind: type[nn.Module]) -> None:
+    model = nn.Sequential(nn.LayerNorm((2, 3)), nn.RMSNorm(3), nn.LayerNorm(3, elementwise_affine=False))
+    weight = model[0].weight
+    report = ng.swap(model, norm=name)
+    assert [type(module) for module in model] == [kind, kind, nn.LayerNorm]
+    assert model[0].weight is weight
+    assert (model[0].bias is None, model[1].bias is None) == (False, True)
+    assert "has no weight" in str(report)
+    assert model(torch.randn(5, 2, 3)).shape == (5, 2, 3)
+
+
 # --- bad input ----------------------------------------------------------------------------------------------
 
 ONE, THREE = torch.ones(1), torch.ones(3)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from narrowgauge.norm import _arguments
 from narrowgauge.norm._arguments import Shape, packed
 from narrowgauge.norm._reference import compute_dtype
+from narrowgauge.norm._replacement import ReplacedNorm, norm_replacement
 from narrowgauge.ops import Sample, SampleMaker, checks, differentiable, library, operator
 from narrowgauge.ops.system import system
 
@@ -363,6 +364,18 @@ class Derf(_Squash):
     def forward(self, x: Tensor) -> Tensor:
         assert self.shift is not None
         return derf(x, self.alpha, self.shift, self.weight, self.bias, channels_last=self.channels_last)
+
+
+@norm_replacement("dyt")
+def _dyt_in_place_of(norm: ReplacedNorm) -> DyT:
+    norm.need_weight()
+    return DyT(norm.normalized_shape, bias=norm.bias, device=norm.device, dtype=norm.dtype)
+
+
+@norm_replacement("derf")
+def _derf_in_place_of(norm: ReplacedNorm) -> Derf:
+    norm.need_weight()
+    return Derf(norm.normalized_shape, bias=norm.bias, device=norm.device, dtype=norm.dtype)
 
 
 system(
