@@ -38,31 +38,39 @@ Sizes check_channels(const Tensor& x, const Tensor& alpha, const OptionalTensor&
     return {rows, columns, channels};
 }
 
-Tensor forward(const Tensor& x, const Tensor& alpha, const OptionalTensor& shift, const Tensor& weight,
-               const OptionalTensor& bias, bool channels_last, bool erf) {
-    const auto [rows, columns, channels] = check_channels(x, alpha, shift, weight, bias, channels_last);
-    Tensor y = empty(sizes_of(x), dtype(x), x);
-    DytForward args{};
+// What the arguments of both kernels share.
+template <class Args>
+Args arguments(const Sizes& sizes, const Tensor& x, const Tensor& alpha, const OptionalTensor& shift,
+               const Tensor& weight, bool channels_last, bool erf) {
+    Args args{};
     args.x = data(x);
     args.alpha = data(alpha);
     args.shift = data(shift);
     args.weight = data(weight);
-    args.bias = data(bias);
-    args.y = data(y);
-    args.rows = rows;
-    args.columns = columns;
-    args.channels = channels;
+    args.rows = sizes.rows;
+    args.columns = sizes.columns;
+    args.channels = sizes.channels;
     args.channels_last = channels_last;
     args.erf = erf;
     args.x_type = dtype(x);
     args.alpha_type = dtype(alpha);
     args.shift_type = shift ? dtype(*shift) : args.x_type;
     args.weight_type = dtype(weight);
+    return args;
+}
+
+Tensor forward(const Tensor& x, const Tensor& alpha, const OptionalTensor& shift, const Tensor& weight,
+               const OptionalTensor& bias, bool channels_last, bool erf) {
+    const Sizes sizes = check_channels(x, alpha, shift, weight, bias, channels_last);
+    Tensor y = empty(sizes_of(x), dtype(x), x);
+    auto args = arguments<DytForward>(sizes, x, alpha, shift, weight, channels_last, erf);
+    args.bias = data(bias);
+    args.y = data(y);
     args.bias_type = bias ? dtype(*bias) : args.x_type;
-    if (rows * columns == 0) return y;
+    if (sizes.rows * sizes.columns == 0) return y;
 #if NARROWGAUGE_CPU
     const auto kernel = NG_CPU_POINTER(dyt_forward_rows);
-    parallel_ranges(rows, columns, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    parallel_ranges(sizes.rows, sizes.columns, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 #else
     const OnDevice device(x);
     launch_dyt_forward(args, device.stream());
@@ -75,30 +83,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, co
                                                             const Tensor& weight, const OptionalTensor& bias,
                                                             bool channels_last, bool erf,
                                                             bool parameter_gradients) {
-    const auto [rows, columns, channels] = check_channels(x, alpha, shift, weight, bias, channels_last);
+    const Sizes sizes = check_channels(x, alpha, shift, weight, bias, channels_last);
     check_layout(dy, x, "dy");
     NG_CHECK(same_sizes(dy, x) && dtype(dy) == dtype(x), "dy must have the shape and dtype of x");
 
     const DType sums = dtype(x) == DType::float64 ? DType::float64 : DType::float32;
     Tensor dx = empty(sizes_of(x), dtype(x), x);
-    DytBackward args{};
+    auto args = arguments<DytBackward>(sizes, x, alpha, shift, weight, channels_last, erf);
     args.dy = data(dy);
-    args.x = data(x);
-    args.alpha = data(alpha);
-    args.shift = data(shift);
-    args.weight = data(weight);
     args.dx = data(dx);
-    args.rows = rows;
-    args.columns = columns;
-    args.channels = channels;
-    args.channels_last = channels_last;
-    args.erf = erf;
-    args.x_type = dtype(x);
-    args.alpha_type = dtype(alpha);
-    args.shift_type = shift ? dtype(*shift) : args.x_type;
-    args.weight_type = dtype(weight);
 #if NARROWGAUGE_CPU
-    args.chunks = args.scalar_chunks = std::clamp<int64_t>(rows / 16, 1, 64);
+    args.chunks = args.scalar_chunks = std::clamp<int64_t>(sizes.rows / 16, 1, 64);
 #else
     const OnDevice device(x);
     plan_dyt_backward(args);
@@ -107,8 +102,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, co
     if (parameter_gradients) {
         dalpha = empty({args.scalar_chunks, 1}, sums, x);
         if (shift) dshift = empty({args.scalar_chunks, 1}, sums, x);
-        dweight = empty({args.chunks, channels}, sums, x);
-        if (bias) dbias = empty({args.chunks, channels}, sums, x);
+        dweight = empty({args.chunks, sizes.channels}, sums, x);
+        if (bias) dbias = empty({args.chunks, sizes.channels}, sums, x);
     }
     args.dalpha_partial = data(dalpha);
     args.dshift_partial = data(dshift);
@@ -116,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, co
     args.dbias_partial = data(dbias);
 #if NARROWGAUGE_CPU
     const auto kernel = NG_CPU_POINTER(dyt_backward_chunks);
-    parallel_ranges(args.chunks, rows / args.chunks * columns,
+    parallel_ranges(args.chunks, sizes.rows / args.chunks * sizes.columns,
                     [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 #else
     launch_dyt_backward(args, device.stream());

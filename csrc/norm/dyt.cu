@@ -1,6 +1,7 @@
 // Launches of the Dynamic Tanh and Derf kernels.
 #include <algorithm>
 
+#include "common/floating.h"
 #include "norm/dyt.cuh"
 
 namespace narrowgauge {
@@ -105,16 +106,7 @@ void backward_of(const DytBackward& args, Stream stream) {
 }  // namespace
 
 void launch_dyt_forward(const DytForward& args, Stream stream) {
-    switch (args.x_type) {
-        case DType::float64:
-            return forward_of<double>(args, stream);
-        case DType::bfloat16:
-            return forward_of<bf16>(args, stream);
-        case DType::float16:
-            return forward_of<f16>(args, stream);
-        default:
-            return forward_of<float>(args, stream);
-    }
+    with_floating(args.x_type, [&](auto x) { forward_of<decltype(x)>(args, stream); });
 }
 
 void plan_dyt_backward(DytBackward& args) {
@@ -129,16 +121,7 @@ void plan_dyt_backward(DytBackward& args) {
 }
 
 void launch_dyt_backward(const DytBackward& args, Stream stream) {
-    switch (args.x_type) {
-        case DType::float64:
-            return backward_of<double>(args, stream);
-        case DType::bfloat16:
-            return backward_of<bf16>(args, stream);
-        case DType::float16:
-            return backward_of<f16>(args, stream);
-        default:
-            return backward_of<float>(args, stream);
-    }
+    with_floating(args.x_type, [&](auto x) { backward_of<decltype(x)>(args, stream); });
 }
 
 }  // namespace narrowgauge

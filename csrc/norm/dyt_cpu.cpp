@@ -1,6 +1,7 @@
 // CPU kernels of Dynamic Tanh and Derf.
 #include <utility>
 
+#include "common/floating.h"
 #include "common/math_erf.h"
 #include "common/row_cpu.h"
 #include "norm/dyt.h"
@@ -196,20 +197,10 @@ void backward_chunks(const DytBackward& args, int64_t begin, int64_t end) {
     }
 }
 
-// f(x, F): the types and the function as values of their type.
+// Calls f(x, function): the type and the function as values of their type.
 template <class F>
 void with_types(DType x_type, bool erf, F f) {
-    const auto with_function = [&](auto x) { erf ? f(x, Erf{}) : f(x, Tanh{}); };
-    switch (x_type) {
-        case DType::float64:
-            return with_function(double{});
-        case DType::bfloat16:
-            return with_function(bf16{});
-        case DType::float16:
-            return with_function(f16{});
-        default:
-            return with_function(float{});
-    }
+    with_floating(x_type, [&](auto x) { erf ? f(x, Erf{}) : f(x, Tanh{}); });
 }
 
 }  // namespace

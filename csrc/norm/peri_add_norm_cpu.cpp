@@ -3,6 +3,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "common/floating.h"
 #include "common/row_cpu.h"
 #include "norm/peri_add_norm.h"
 
@@ -148,20 +149,15 @@ void backward_chunks(const PeriBackward& args, int64_t begin, int64_t end) {
     }
 }
 
-// f(x, s): the types of the branch and of the stream, as values of them.
+// Calls f(x, s): the types of the branch and of the stream, as values of them.
 template <class F>
 void with_types(DType f_type, DType x_type, F f) {
-    const bool wide = x_type == DType::float32;
-    switch (f_type) {
-        case DType::float64:
-            return f(double{}, double{});
-        case DType::bfloat16:
-            return wide ? f(bf16{}, float{}) : f(bf16{}, bf16{});
-        case DType::float16:
-            return wide ? f(f16{}, float{}) : f(f16{}, f16{});
-        default:
-            return f(float{}, float{});
-    }
+    with_floating(f_type, [&](auto x) {
+        if constexpr (sizeof(x) < sizeof(float)) {
+            if (x_type == DType::float32) return f(x, float{});
+        }
+        f(x, x);
+    });
 }
 
 }  // namespace

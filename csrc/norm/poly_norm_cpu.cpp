@@ -2,6 +2,7 @@
 // pass.
 #include <cmath>
 
+#include "common/floating.h"
 #include "common/row_cpu.h"
 #include "norm/poly_norm.h"
 
@@ -135,29 +136,11 @@ void backward_chunks(const PolyNormBackward& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void poly_norm_forward_rows(const PolyNormForward& args, int64_t begin, int64_t end) {
-    switch (args.x_type) {
-        case DType::float64:
-            return forward_rows<double>(args, begin, end);
-        case DType::bfloat16:
-            return forward_rows<bf16>(args, begin, end);
-        case DType::float16:
-            return forward_rows<f16>(args, begin, end);
-        default:
-            return forward_rows<float>(args, begin, end);
-    }
+    with_floating(args.x_type, [&](auto x) { forward_rows<decltype(x)>(args, begin, end); });
 }
 
 void poly_norm_backward_chunks(const PolyNormBackward& args, int64_t begin, int64_t end) {
-    switch (args.x_type) {
-        case DType::float64:
-            return backward_chunks<double>(args, begin, end);
-        case DType::bfloat16:
-            return backward_chunks<bf16>(args, begin, end);
-        case DType::float16:
-            return backward_chunks<f16>(args, begin, end);
-        default:
-            return backward_chunks<float>(args, begin, end);
-    }
+    with_floating(args.x_type, [&](auto x) { backward_chunks<decltype(x)>(args, begin, end); });
 }
 
 NG_NAMESPACE_END

@@ -47,9 +47,9 @@ def apply_layernorm_scaling(model: nn.Module) -> nn.Module:
     """Scales the norms of layer i, counted from 0, by ``1 / sqrt(i + 1)``; in place, and returns the model.
 
     These are ``layers.{i}.input_layernorm`` and ``layers.{i}.post_attention_layernorm``, wherever in the model
-    ``layers`` is. RMSNorms become `narrowgauge.nn.RMSNorm`, with their parameters and an ``output_scale``; the output of
-    any other norm is multiplied. No weight changes, so that weight decay and learning rate act as they did; the final
-    norm stays as it is. The method is for training: a trained model computes something else afterwards.
+    ``layers`` is. RMSNorms become `narrowgauge.nn.RMSNorm`, with their parameters and an ``output_scale``; the output
+    of any other norm is multiplied. No weight changes, so that weight decay and learning rate act as they did; the
+    final norm stays as it is. The method is for training: a trained model computes something else afterwards.
 
     Args:
         model: A Pre-LN model whose layers have these names, such as a LLaMA of Transformers.
