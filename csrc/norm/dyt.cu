@@ -81,7 +81,7 @@ BackwardLaunch backward_launch(const DytBackward& args) {
 
 template <class X, int Width, class F>
 void backward_with_function(const DytBackward& args, const BackwardLaunch& how, Stream stream) {
-    constexpr size_t shared_bytes = 2 * max_warps * sizeof(compute_t<X>);
+    constexpr size_t shared_bytes = max_warps * sizeof(compute_t<X>);
     if (args.channels_last) {
         launch(how.strips.config(shared_bytes, stream), dyt_backward_kernel<X, Width, F>, args,
                how.strips.threads_per_row);

@@ -218,6 +218,7 @@ def test_peri_without_an_effect_of_its_norms_is_the_plain_residual() -> None:
     assert_near(block(x, lambda y: y @ rotation), x + x @ rotation)
 
 
+@torch.no_grad()
 def variances(scheme: str, depth: int, gain: float) -> Tensor:
     """Mean square of the stream after each layer at initialization, with linear sub-layers of this gain."""
     d = 128
@@ -230,7 +231,7 @@ def variances(scheme: str, depth: int, gain: float) -> Tensor:
         block = ResidualNorm(d, scheme, layer_index=layer, dtype=torch.float64)
         x = block(x, lambda y, w=weight, v=second: (y @ w) @ v + (y @ w) * (y @ v))
         trace.append(x.square().mean())
-    return torch.stack(trace).detach()
+    return torch.stack(trace)
 
 
 def test_variance_over_depth() -> None:
