@@ -14,9 +14,9 @@ namespace {
 
 Granularity granularity_of(const std::string& name) {
     if (name == "tensor") return Granularity::tensor;
-    if (name == "row") return Granularity::row;
+    if (name == "row" || name == "block") return Granularity::row;
     if (name == "column") return Granularity::column;
-    NG_CHECK(false, "granularity must be tensor, row or column, got ", name);
+    NG_CHECK(false, "granularity must be tensor, row, column or block, got ", name);
     return Granularity::tensor;
 }
 
@@ -26,25 +26,30 @@ bool is_narrow_floating(DType type) {
 
 // A tensor seen as rows of its last dimension, and the shape of its scales.
 struct Groups {
-    int64_t rows, columns;
+    int64_t rows, columns, segment, segments;
     std::vector<int64_t> scale_sizes;
 };
 
-Groups groups_of(const std::vector<int64_t>& sizes, Granularity granularity) {
-    Groups groups{1, sizes.empty() ? 1 : sizes.back(), {}};
+Groups groups_of(const std::vector<int64_t>& sizes, const std::string& granularity) {
+    const int64_t columns = sizes.empty() ? 1 : sizes.back();
+    Groups groups{1, columns, columns, 1, {}};
     for (size_t i = 0; i + 1 < sizes.size(); ++i) groups.rows *= sizes[i];
-    if (granularity == Granularity::row && !sizes.empty())
+    if ((granularity == "row" || granularity == "block") && !sizes.empty())
         groups.scale_sizes.assign(sizes.begin(), sizes.end() - 1);
-    if (granularity == Granularity::column && !sizes.empty())
-        groups.scale_sizes.assign(sizes.end() - 1, sizes.end());
+    if (granularity == "column" && !sizes.empty()) groups.scale_sizes.assign(sizes.end() - 1, sizes.end());
+    if (granularity == "block") {
+        groups.segment = kQuantizeBlock;
+        groups.segments = (columns + kQuantizeBlock - 1) / kQuantizeBlock;
+        groups.scale_sizes.push_back(groups.segments);
+    }
     return groups;
 }
 
 #if NARROWGAUGE_CPU
 void run(Quantize& args, const Tensor&) {
     if (args.granularity == Granularity::row) {
-        const auto kernel = NG_CPU_POINTER(quantize_rows);
-        parallel_ranges(args.rows, args.columns,
+        const auto kernel = NG_CPU_POINTER(quantize_segments);
+        parallel_ranges(args.rows * args.segments, args.segment,
                         [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
     } else if (args.granularity == Granularity::column) {
         const auto kernel = NG_CPU_POINTER(quantize_column_tiles);
@@ -95,7 +100,7 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& x, std::string format, std::st
                  "noise must be float32, like x");
     }
     const std::vector<int64_t> sizes = sizes_of(x);
-    const Groups groups = groups_of(sizes, args.granularity);
+    const Groups groups = groups_of(sizes, granularity);
     Tensor codes = empty(sizes, args.code_type, x), scale = empty(groups.scale_sizes, DType::float32, x);
     args.x = data(x);
     args.rng = static_cast<const int64_t*>(data(rng));
@@ -104,6 +109,8 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& x, std::string format, std::st
     args.scale = static_cast<float*>(data(scale));
     args.rows = groups.rows;
     args.columns = groups.columns;
+    args.segment = groups.segment;
+    args.segments = groups.segments;
     run(args, x);
     return {codes, scale};
 }
@@ -120,7 +127,7 @@ Tensor dequantize(const Tensor& codes, const Tensor& scale, std::string granular
     check_layout(codes, codes, "codes");
     check_layout(scale, codes, "scale");
     const std::vector<int64_t> sizes = sizes_of(codes);
-    const Groups groups = groups_of(sizes, args.granularity);
+    const Groups groups = groups_of(sizes, granularity);
     NG_CHECK(dtype(scale) == DType::float32 && sizes_of(scale) == groups.scale_sizes,
              "scale must be float32 with one entry per ", granularity);
     Tensor y = empty(sizes, args.y_type, codes);
@@ -129,6 +136,8 @@ Tensor dequantize(const Tensor& codes, const Tensor& scale, std::string granular
     args.y = data(y);
     args.rows = groups.rows;
     args.columns = groups.columns;
+    args.segment = groups.segment;
+    args.segments = groups.segments;
 #if NARROWGAUGE_CPU
     const auto kernel = NG_CPU_POINTER(dequantize_elements);
     parallel_ranges(args.rows * args.columns, 1,

@@ -8,14 +8,14 @@ namespace narrowgauge {
 namespace {
 
 constexpr int kBlockThreads = 256;
-constexpr int kRowVectors = 4;  // a thread holds this many vectors of its row in registers
+constexpr int kRowVectors = 4;  // a thread holds this many vectors of its segment in registers
 
 unsigned blocks_for(int64_t work, int64_t per_block) {
     return static_cast<unsigned>((work + per_block - 1) / per_block);
 }
 
-// Enough threads to hold the row in registers; 512 threads read a longer row twice.
-int threads_per_row(int64_t vectors) {
+// Enough threads to hold a segment in registers; 512 threads read a longer one twice.
+int threads_per_segment(int64_t vectors) {
     int threads = 8;
     while (threads < 512 && threads * kRowVectors < vectors) threads *= 2;
     return threads;
@@ -24,16 +24,16 @@ int threads_per_row(int64_t vectors) {
 bool is_aligned_to_vectors(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <class T, class Code, int Width>
-void launch_rows(const Quantize& args, Stream stream) {
-    const int64_t vectors = (args.columns + Width - 1) / Width;
-    const int threads = threads_per_row(vectors), block = std::max(threads, 128);
-    const LaunchConfig config{dim3(blocks_for(args.rows, block / threads)),
+void launch_segments(const Quantize& args, Stream stream) {
+    const int64_t vectors = (args.segment + Width - 1) / Width;
+    const int threads = threads_per_segment(vectors), block = std::max(threads, 128);
+    const LaunchConfig config{dim3(blocks_for(args.rows * args.segments, block / threads)),
                               dim3(static_cast<unsigned>(block)), max_warps * sizeof(uint32_t), 1, stream};
     const bool aligned = Width == 1 || is_aligned_to_vectors(args.x);
     if (Width > 1 && vectors <= threads * kRowVectors) {
-        launch(config, quantize_rows_kernel<T, Code, Width, kRowVectors>, args, threads, aligned);
+        launch(config, quantize_segments_kernel<T, Code, Width, kRowVectors>, args, threads, aligned);
     } else {
-        launch(config, quantize_rows_kernel<T, Code, Width, 0>, args, threads, aligned);
+        launch(config, quantize_segments_kernel<T, Code, Width, 0>, args, threads, aligned);
     }
 }
 
@@ -64,8 +64,9 @@ void launch_quantize_to(const Quantize& args, Stream stream) {
     const bool vectors = args.columns % Width == 0;
     if (args.granularity == Granularity::tensor) return launch_tensor<T, Code>(args, stream);
     if (args.granularity == Granularity::row) {
-        if (args.rows == 0) return;
-        return vectors ? launch_rows<T, Code, Width>(args, stream) : launch_rows<T, Code, 1>(args, stream);
+        if (args.rows * args.segments == 0) return;
+        return vectors ? launch_segments<T, Code, Width>(args, stream)
+                       : launch_segments<T, Code, 1>(args, stream);
     }
     if (args.columns == 0) return;
     return vectors ? launch_columns<T, Code, Width>(args, stream) : launch_columns<T, Code, 1>(args, stream);

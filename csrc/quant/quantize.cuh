@@ -5,22 +5,31 @@
 
 namespace narrowgauge {
 
-// --- one scale per row ---------------------------------------------------------------------------
+// Divides in 32 bits where they suffice: a GPU divides 64-bit integers in software.
+__device__ __forceinline__ int64_t quotient(int64_t i, int64_t by) {
+    if (i <= 0xffffffffll && by <= 0xffffffffll) {
+        return static_cast<int64_t>(static_cast<uint32_t>(i) / static_cast<uint32_t>(by));
+    }
+    return i / by;
+}
 
-// Consecutive groups of `threads_per_row` threads take a row each; a thread holds `Vectors` vectors of its
-// row, which is then read once. Vectors = 0 stands for a row too long for that: it is read again for the
+// --- one scale per row, or per segment of a row --------------------------------------------------
+
+// Consecutive groups of `threads_per_segment` threads take a segment each; a thread holds `Vectors` vectors of
+// it, so that it is read once. Vectors = 0 stands for a segment too long for that: it is read again for the
 // codes.
 template <class T, class Code, int Width, int Vectors>
 __global__ void __launch_bounds__(512, 1)
-    quantize_rows_kernel(Quantize args, int threads_per_row, bool aligned) {
+    quantize_segments_kernel(Quantize args, int threads_per_segment, bool aligned) {
     SharedArena arena;
     const Shared<uint32_t> partials = arena.template take<uint32_t>(max_warps);
-    const int lane = threadIdx.x % threads_per_row;
-    const int64_t row =
-        static_cast<int64_t>(blockIdx.x) * (blockDim.x / threads_per_row) + threadIdx.x / threads_per_row;
-    const int64_t columns = args.columns, base = row * columns;
+    const int lane = threadIdx.x % threads_per_segment;
+    const int64_t group = static_cast<int64_t>(blockIdx.x) * (blockDim.x / threads_per_segment) +
+                          threadIdx.x / threads_per_segment;
+    const int64_t row = quotient(group, args.segments), left = (group - row * args.segments) * args.segment;
+    const int64_t columns = min(args.segment, args.columns - left), base = row * args.columns + left;
     const bool active = row < args.rows;  // idle groups still take part in the reduction
-    const int64_t stride = static_cast<int64_t>(threads_per_row) * Width,
+    const int64_t stride = static_cast<int64_t>(threads_per_segment) * Width,
                   first = active ? lane * Width : columns;
     const auto x = global<const T>(args.x, "x");
 
@@ -40,8 +49,8 @@ __global__ void __launch_bounds__(512, 1)
             largest = largest_of(load_elements<Width>(x, base + j, aligned), largest);
         }
     }
-    const float scale = scale_of<Code>(magnitude_to_float<T>(group_max(largest, threads_per_row, partials)));
-    if (active && lane == 0) global<float>(args.scale, "scale")[row] = scale;
+    const float scale = scale_of<Code>(magnitude_to_float<T>(group_max(largest, threads_per_segment, partials)));
+    if (active && lane == 0) global<float>(args.scale, "scale")[group] = scale;
 
     const Encoder<Code> encoder(args);
     const auto scale_at = [=](int) { return scale; };
@@ -185,14 +194,6 @@ __global__ void __launch_bounds__(256, 1) quantize_encode_columns_kernel(Quantiz
 
 // --- dequantize ----------------------------------------------------------------------------------
 
-// Quotient and remainder, in 32 bits where they suffice: a GPU divides 64-bit integers in software.
-__device__ __forceinline__ int64_t quotient(int64_t i, int64_t by) {
-    if (i <= 0xffffffffll && by <= 0xffffffffll) {
-        return static_cast<int64_t>(static_cast<uint32_t>(i) / static_cast<uint32_t>(by));
-    }
-    return i / by;
-}
-
 // A vector lies within a row.
 template <class Code, class Y, int Width>
 __global__ void __launch_bounds__(256, 1) dequantize_kernel(Dequantize args, bool aligned) {
@@ -204,11 +205,16 @@ __global__ void __launch_bounds__(256, 1) dequantize_kernel(Dequantize args, boo
     for (int64_t v = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; v < vectors; v += threads) {
         const int64_t i = v * Width;
         const int64_t row = args.granularity == Granularity::tensor ? 0 : quotient(i, args.columns);
+        int64_t segment = row;
+        if (args.segments != 1) {
+            segment = row * args.segments + quotient(i - row * args.columns, args.segment);
+        }
         const auto loaded = load_elements<Width>(codes, i, aligned);
         Vec<Y, Width> values;
 #pragma unroll
         for (int k = 0; k < Width; ++k) {
-            const int64_t group = args.granularity == Granularity::column ? i + k - row * args.columns : row;
+            const int64_t group =
+                args.granularity == Granularity::column ? i + k - row * args.columns : segment;
             values[k] = from_float<Y>(to_float(loaded[k]) * float(scale[group]));
         }
         store<Width>(y, i, values);

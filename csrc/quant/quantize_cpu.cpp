@@ -61,13 +61,16 @@ void encode(const Quantize& args, int64_t first, int64_t count, ScaleAt scale_at
 
 template <class T, class Code>
 struct Kernels {
-    // A row is encoded while it is still in the cache.
-    static void rows(const Quantize& args, int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-            const T* x = static_cast<const T*>(args.x) + row * args.columns;
-            const float scale = scale_of<Code>(magnitude_to_float<T>(largest_magnitude(x, args.columns)));
-            args.scale[row] = scale;
-            encode<T, Code>(args, row * args.columns, args.columns, [=](int64_t) { return scale; });
+    // A segment is encoded while it is still in the cache.
+    static void segments(const Quantize& args, int64_t begin, int64_t end) {
+        for (int64_t group = begin; group < end; ++group) {
+            const int64_t row = group / args.segments, left = group % args.segments * args.segment,
+                          first = row * args.columns + left;
+            const int64_t count = smaller(args.segment, args.columns - left);
+            const T* x = static_cast<const T*>(args.x) + first;
+            const float scale = scale_of<Code>(magnitude_to_float<T>(largest_magnitude(x, count)));
+            args.scale[group] = scale;
+            encode<T, Code>(args, first, count, [=](int64_t) { return scale; });
         }
     }
 
@@ -147,12 +150,16 @@ void decode(const Dequantize& args, int64_t begin, int64_t end) {
         return write(begin, end, [=](int64_t) { return scale; });
     }
     for (int64_t first = begin; first < end;) {
-        const int64_t row = first / args.columns, last = smaller(end, (row + 1) * args.columns);
+        const int64_t row = first / args.columns, left = row * args.columns;
+        int64_t last = left + args.columns;
         if (args.granularity == Granularity::row) {
-            const float scale = args.scale[row];
+            const int64_t segment = (first - left) / args.segment;
+            last = smaller(smaller(end, last), left + (segment + 1) * args.segment);
+            const float scale = args.scale[row * args.segments + segment];
             write(first, last, [=](int64_t) { return scale; });
         } else {
-            const float* scale = args.scale - row * args.columns;
+            last = smaller(end, last);
+            const float* scale = args.scale - left;
             write(first, last, [=](int64_t i) { return scale[i]; });
         }
         first = last;
@@ -161,9 +168,9 @@ void decode(const Dequantize& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void quantize_rows(const Quantize& args, int64_t begin, int64_t end) {
+void quantize_segments(const Quantize& args, int64_t begin, int64_t end) {
     with_types(args,
-               [&](auto x, auto code) { Kernels<decltype(x), decltype(code)>::rows(args, begin, end); });
+               [&](auto x, auto code) { Kernels<decltype(x), decltype(code)>::segments(args, begin, end); });
 }
 
 void quantize_column_tiles(const Quantize& args, int64_t begin, int64_t end) {

@@ -1,6 +1,7 @@
 """Quantizing and dequantizing a tensor.
 
-With ``largest`` the format's largest value, for every group (the whole tensor, a row or a column):
+With ``largest`` the format's largest value, for every group (the whole tensor, a row, a column, or 128 elements of
+a row):
 
     scale = max|x| / largest               1 where that is 0, NaN where the group holds a NaN or an infinity
     code  = round(x / scale)               0 where the scale is NaN
@@ -11,10 +12,11 @@ The arithmetic is float32 and both divisions are true divisions, so every backen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from narrowgauge.ops import Sample, SampleMaker, operator, system
@@ -28,25 +30,39 @@ from narrowgauge.quant.formats import (
     round_stochastic_words,
     scale_of,
 )
-from narrowgauge.quant.scheme import Quantized, Scheme
+from narrowgauge.quant.scheme import BLOCK, Quantized, Scheme
 
 Rng = Tensor | torch.Generator | int
 
 
-def _amax(x: Tensor, granularity: str) -> Tensor:
+def amax_of(x: Tensor, granularity: str) -> Tensor:
     """Largest magnitude of each group, in the shape of the scales."""
-    shape = {"tensor": (), "row": x.shape[:-1], "column": x.shape[-1:]}[granularity]
+    columns = x.shape[-1] if x.dim() else 1
+    blocks = (columns + BLOCK - 1) // BLOCK
+    shape = {
+        "tensor": (),
+        "row": x.shape[:-1],
+        "column": x.shape[-1:],
+        "block": (*x.shape[:-1], blocks),
+    }[granularity]
     if x.numel() == 0:
         return x.new_zeros(shape)
-    rows = x.reshape(-1, x.shape[-1] if x.dim() else 1).abs()
-    return (rows.amax() if granularity == "tensor" else rows.amax(1 if granularity == "row" else 0)).reshape(
-        shape
-    )
+    rows = x.reshape(-1, columns).abs()
+    if granularity == "tensor":
+        return rows.amax()
+    if granularity == "block":
+        rows = F.pad(rows, (0, blocks * BLOCK - columns)).view(-1, BLOCK)
+    return rows.amax(0 if granularity == "column" else 1).reshape(shape)
 
 
-def _spread(scale: Tensor, granularity: str) -> Tensor:
-    """The scales, in a shape that broadcasts against the codes."""
-    return scale.unsqueeze(-1) if granularity == "row" and scale.dim() else scale
+def spread(scale: Tensor, granularity: str, shape: Sequence[int]) -> Tensor:
+    """The scales, in a shape that broadcasts against codes of the shape given."""
+    if granularity == "row" and scale.dim():
+        return scale.unsqueeze(-1)
+    if granularity == "block":
+        each = scale.unsqueeze(-1).expand(*scale.shape, BLOCK).flatten(-2)
+        return each[..., : shape[-1] if shape else 1].reshape(shape)
+    return scale
 
 
 def _special(x: Tensor) -> Tensor:
@@ -61,6 +77,11 @@ def _special(x: Tensor) -> Tensor:
 
 def _samples(make: SampleMaker) -> Iterator[Sample]:
     rng = torch.tensor([-0x123456789ABCDEF, 2**40 + 5], device=make.device)
+    yield Sample((make(3, 136), "int8", "block", None, None), "a short block at the end of each row")
+    yield Sample((make(2, 257), "e4m3", "block", rng, None), "an odd row, stochastic")
+    yield Sample((_special(make(5, 136)), "e5m2", "block", None, None), "blocks of zeros, Inf, NaN, tiny values")
+    yield Sample((make(), "int8", "block", None, None), "no dimension")
+    yield Sample((make(4, 0), "int8", "block", None, None), "no columns, no blocks")
     for granularity in ("tensor", "row", "column"):
         for format in FORMATS:
             yield Sample((make(6, 64), format, granularity, None, None), "vectors, short rows")
@@ -96,8 +117,8 @@ def quantize_operator(
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of x. Rounds to nearest, or stochastically where `rng` or `noise` is given."""
     target = FORMATS[format]
-    scale = scale_of(_amax(x, granularity), target)
-    v = x.contiguous().float() / _spread(scale, granularity)
+    scale = scale_of(amax_of(x, granularity), target)
+    v = x.contiguous().float() / spread(scale, granularity, x.shape)
     if noise is not None:
         words = (noise * 2.0**32).long()
     elif rng is not None:
@@ -111,6 +132,10 @@ def quantize_operator(
 
 
 def _dequantize_samples(make: SampleMaker) -> Iterator[Sample]:
+    codes, scale = quantize_operator.reference(make(2, 257), "int8", "block")
+    yield Sample((codes, scale, "block", make.dtype), "an odd row of three blocks")
+    codes, scale = quantize_operator.reference(make(3, 136), "e5m2", "block")
+    yield Sample((codes, scale, "block", None), "a short block at the end of each row")
     for granularity in ("tensor", "row", "column"):
         for format in FORMATS:
             for shape, why in (((6, 64), "vectors"), ((3, 2, 37), "odd size"), ((0, 8), "empty")):
@@ -130,7 +155,7 @@ def dequantize_operator(
     codes: Tensor, scale: Tensor, granularity: str, dtype: torch.dtype | None = None
 ) -> Tensor:
     """``codes * scale`` in float32, rounded once to `dtype` (float32 by default)."""
-    return (codes.contiguous().float() * _spread(scale, granularity)).to(dtype or torch.float32)
+    return (codes.contiguous().float() * spread(scale, granularity, codes.shape)).to(dtype or torch.float32)
 
 
 def _rng_tensor(rng: Rng | None, device: torch.device) -> Tensor:

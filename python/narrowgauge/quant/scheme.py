@@ -10,7 +10,9 @@ from torch import Tensor
 from narrowgauge.ops.checks import check_choice
 from narrowgauge.quant.formats import FORMATS, Format
 
-GRANULARITIES = ("tensor", "row", "column")
+GRANULARITIES = ("tensor", "row", "column", "block")
+BLOCK = 128
+"""How many consecutive elements of a row share a scale under the granularity ``"block"``."""
 SCALE_RULES = ("absmax",)
 
 
@@ -21,7 +23,8 @@ class Scheme:
     Args:
         format: ``"int8"``, ``"e4m3"`` or ``"e5m2"``.
         granularity: Which elements share a scale: ``"tensor"`` (all of them), ``"row"`` (each row of x viewed
-            as ``(-1, x.shape[-1])``) or ``"column"`` (each column of that view).
+            as ``(-1, x.shape[-1])``), ``"column"`` (each column of that view) or ``"block"`` (each 128 consecutive
+            elements of a row, fewer at its end).
         scale_rule: ``"absmax"``: the group's largest magnitude divided by the format's largest value.
     """
 
@@ -48,7 +51,8 @@ class Quantized:
 
     Attributes:
         codes: In the layout and shape of x, in the format's dtype.
-        scale: float32, one entry per group: shape ``()``, ``x.shape[:-1]`` or ``x.shape[-1:]``.
+        scale: float32, one entry per group: shape ``()``, ``x.shape[:-1]``, ``x.shape[-1:]`` or, for blocks,
+            ``(*x.shape[:-1], ceil(x.shape[-1] / 128))``.
         zero_point: None for symmetric formats.
         scheme: How it was quantized.
         shape: Shape of x.
