@@ -1,23 +1,11 @@
 // CPU kernels of quantize and dequantize.
-#include "quant/codes.h"
+#include "quant/encode_cpu.h"
 #include "quant/quantize.h"
 
 NG_NAMESPACE_BEGIN
 namespace {
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-template <class T>
-uint32_t largest_magnitude(const T* x, int64_t count) {
-    using Bits = decltype(magnitude_bits(x[0]));
-    Bits largest = 0;
-#pragma omp simd reduction(max : largest)
-    for (int64_t i = 0; i < count; ++i) {
-        const Bits bits = magnitude_bits(x[i]);
-        largest = bits > largest ? bits : largest;
-    }
-    return largest;
-}
 
 // The random words of elements first ... first + count - 1; `words` has room for three more on either side.
 const uint32_t* fill_words(const Philox& philox, int64_t first, int64_t count, uint32_t* words) {

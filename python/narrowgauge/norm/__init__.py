@@ -2,11 +2,11 @@
 
 from narrowgauge.norm.dyt import Derf, DyT, derf, dyt
 from narrowgauge.norm.layer_norm import LayerNorm, add_layer_norm, layer_norm
+from narrowgauge.norm.norm_quant import layer_norm_quant, rms_norm_quant
 from narrowgauge.norm.peri_add_norm import peri_add_norm
 from narrowgauge.norm.placement import ResidualNorm, mix_ln_schemes
 from narrowgauge.norm.polynorm import PolyNorm, poly_norm
 from narrowgauge.norm.rms_norm import RMSNorm, add_rms_norm, rms_norm
-from narrowgauge.norm.rms_norm_quant import rms_norm_quant
 from narrowgauge.norm.seednorm import SeeDNorm, seed_norm
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "derf",
     "dyt",
     "layer_norm",
+    "layer_norm_quant",
     "mix_ln_schemes",
     "peri_add_norm",
     "poly_norm",

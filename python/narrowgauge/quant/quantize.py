@@ -13,7 +13,7 @@ The arithmetic is float32 and both divisions are true divisions, so every backen
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -245,10 +245,22 @@ def quantize(
     return Quantized(codes, scale, None, scheme, x.shape)
 
 
+class _StraightThrough(torch.autograd.Function):
+    """Values without a gradient of their own; what arrives at them goes to `target` instead."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, target: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0]
+
+
 def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Tensor:
     """The values a quantized tensor stands for, in `dtype` (float32 by default).
 
-    A group that held a NaN or an infinity gives NaN.
+    A group that held a NaN or an infinity gives NaN. Gradients flow through it where `q` says where to.
     """
     if not isinstance(q, Quantized):
         raise TypeError(f"dequantize: q must be a Quantized (what quantize returns), got {type(q).__name__}")
@@ -257,6 +269,8 @@ def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Tensor:
     )
     native = torch.float32 if dtype == torch.float64 else dtype
     x = dequantize_operator(q.codes.contiguous(), q.scale.detach().contiguous(), q.scheme.granularity, native)
+    if q.straight_through is not None and torch.is_grad_enabled():
+        x = _StraightThrough.apply(x, q.straight_through)
     return x.double() if dtype == torch.float64 else x
 
 

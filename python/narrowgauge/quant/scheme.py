@@ -57,6 +57,8 @@ class Quantized:
         scheme: How it was quantized.
         shape: Shape of x.
         global_scale: None for one-level scale rules.
+        straight_through: None, or a tensor of the shape of x (and without memory of its own) that the gradient of the
+            dequantized values goes to.
     """
 
     codes: Tensor
@@ -65,3 +67,4 @@ class Quantized:
     scheme: Scheme
     shape: torch.Size
     global_scale: Tensor | None = None
+    straight_through: Tensor | None = None
