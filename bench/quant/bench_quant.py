@@ -1,4 +1,4 @@
-"""Quantizing, dequantizing, the norm that quantizes its output, and the low-precision linear layer."""
+"""Quantizing, dequantizing, and the low-precision linear layer."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-import narrowgauge.nn.functional as ng
 from bench.harness import OURS, Call, Case, Contest, Setting
 from narrowgauge.ops import registry
 from narrowgauge.quant import Linear, Scheme, dequantize, quantize
 
 SHAPE = (4096, 4096)
-EPS = 1e-5
 CODES = {"int8": (torch.int8, 127.0), "e4m3": (torch.float8_e4m3fn, 448.0)}
 
 
@@ -67,25 +64,6 @@ def dequantize_case(scheme: Scheme, dtype: torch.dtype) -> Case:
     return Case("dequantize", describe(scheme, dtype), build)
 
 
-def norm_quantize_case(scheme: Scheme, dtype: torch.dtype) -> Case:
-    """One pass beside two: fused, the normalized tensor is never written."""
-
-    def build(setting: Setting) -> Contest:
-        x, weight = setting.random(*SHAPE, dtype=dtype), setting.random(SHAPE[1], dtype=dtype)
-        contest = contest_of(
-            setting,
-            lambda: ng.rms_norm_quant(x, weight, EPS, qdtype=scheme.format, granularity=scheme.granularity),
-            lambda: eager_quantize(F.rms_norm(x, weight.shape, weight, EPS), scheme),
-            registry["rms_norm_quant"].bytes_moved(x, weight, None, EPS, 0.0, scheme.format),
-        )
-        contest.contestants["narrowgauge unfused"] = lambda: quantize(
-            ng.rms_norm(x, weight.shape, weight, EPS), scheme
-        )
-        return contest
-
-    return Case("rms_norm_quant", describe(scheme, dtype), build)
-
-
 def linear_case(recipe: str, tokens: int, width: int, dtype: torch.dtype, only_on: str | None = None) -> Case:
     """Forward and both backward products."""
 
@@ -117,12 +95,10 @@ def describe(scheme: Scheme, dtype: torch.dtype) -> str:
 
 
 SCHEMES = [Scheme(format, granularity) for format in CODES for granularity in ("row", "tensor")]
-ROWS = [scheme for scheme in SCHEMES if scheme.granularity == "row"]
 DTYPES = (torch.float32, torch.bfloat16)
 CASES = [
     *(quantize_case(scheme, dtype) for scheme in SCHEMES for dtype in DTYPES),
     *(dequantize_case(scheme, dtype) for scheme in SCHEMES for dtype in DTYPES),
-    *(norm_quantize_case(scheme, dtype) for scheme in ROWS for dtype in DTYPES),
     *(linear_case(recipe, 1024, 1024, torch.float32) for recipe in ("int8-row", "fp8-row")),
     *(linear_case(recipe, 8192, 4096, torch.bfloat16, only_on="cuda") for recipe in ("int8-row", "fp8-row")),
 ]

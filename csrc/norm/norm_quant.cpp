@@ -18,8 +18,7 @@ void run(NormQuant& args, const Tensor&) {
     const int64_t rows = args.norm.rows, columns = args.norm.columns;
     if (!args.transposed) {
         const auto kernel = NG_CPU_POINTER(norm_quant_rows);
-        return parallel_ranges(rows, columns,
-                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+        return parallel_ranges(rows, columns, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
     }
     const int64_t tiles = (rows + kNormQuantTile - 1) / kNormQuantTile, work = kNormQuantTile * columns;
     const Scratch<uint32_t> largest(args.whole_columns ? tiles * columns : 0);

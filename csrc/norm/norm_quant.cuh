@@ -1,8 +1,10 @@
 // CUDA kernels of a norm with a quantized result. With e bytes per element of x:
 //
-//     norm_quant_kernel               e + 1 bytes: x is read once, codes are written. Rows too long for registers
+//     norm_quant_kernel               e + 1 bytes: x is read once, codes are written. Rows too long for
+//     registers
 //                                     are read again, from the caches where they fit
-//     norm_quant_transposed_kernel    1 + 1 with a given scale (codes are moved), else e + 1: y is computed again
+//     norm_quant_transposed_kernel    1 + 1 with a given scale (codes are moved), else e + 1: y is computed
+//     again
 //                                     from x and the statistics
 //     and for scales of whole columns once more e, to find them
 #pragma once
@@ -131,9 +133,8 @@ __global__ void __launch_bounds__(512, 1) norm_quant_kernel(NormQuant args, int 
             scale = global<const float>(args.given, "scale")[0];
         } else {
             uint32_t largest = 0;
-            held.visit(slice, load_normalized, [&](int64_t, const float (&values)[Width]) {
-                largest = largest_of(values, largest);
-            });
+            held.visit(slice, load_normalized,
+                       [&](int64_t, const float (&values)[Width]) { largest = largest_of(values, largest); });
             scale = bounded_scale<Code>(group_max(largest, threads_per_row, maxima), args.upper_bound);
             if (leads) scales[row] = scale;
         }
@@ -180,9 +181,9 @@ __global__ void __launch_bounds__(512, 1) norm_quant_kernel(NormQuant args, int 
 
 // --- the transposed copy -------------------------------------------------------------------------
 
-// A block takes a tile of 128 rows and 64 columns. A thread holds 8 columns of 4 consecutive rows: one word of
-// codes per column. The words cross over in shared memory, where a column of the tile is 32 words and a gap of
-// one (and of four more every 32 columns), so that neither side meets a bank twice.
+// A block takes a tile of 128 rows and 64 columns. A thread holds 8 columns of 4 consecutive rows: one word
+// of codes per column. The words cross over in shared memory, where a column of the tile is 32 words and a
+// gap of one (and of four more every 32 columns), so that neither side meets a bank twice.
 namespace transposed {
 constexpr int rows = static_cast<int>(kNormQuantTile), columns = 64, width = 8, rows_each = 4;
 constexpr int threads = rows / rows_each * (columns / width), warps = threads / warp_threads;
@@ -274,7 +275,8 @@ __global__ void __launch_bounds__(transposed::threads)
                     for (int k = 0; k < width; ++k) y[r][k] += added[k];
                 }
                 const float rstd = global<const float>(norm.rstd, "rstd")[row + r];
-                const float mean = norm.centred ? float(global<const float>(norm.mean, "mean")[row + r]) : 0.0f;
+                const float mean =
+                    norm.centred ? float(global<const float>(norm.mean, "mean")[row + r]) : 0.0f;
                 normalize(y[r], norm.centred, mean, rstd, bool(weight), factor, bool(bias), shift);
             }
         }
@@ -308,7 +310,8 @@ __global__ void __launch_bounds__(transposed::threads)
                 } else {
                     const float scale = bounded_scale<Code>(largest, args.upper_bound);
                     scales[thread] = scale;
-                    global<float>(args.scale_t, "scale_t")[(left + thread) * args.segments_t + row_tile] = scale;
+                    global<float>(args.scale_t, "scale_t")[(left + thread) * args.segments_t + row_tile] =
+                        scale;
                 }
             }
             if (what == Transposing::find_largest) return;
@@ -353,7 +356,7 @@ __global__ void __launch_bounds__(transposed::threads)
 
 // The scales of whole columns, from the largest magnitudes in each tile of rows.
 template <class Code>
-__global__ void __launch_bounds__(tile * tile) norm_quant_column_scales_kernel(NormQuant args, int64_t tiles) {
+__global__ void __launch_bounds__(tile* tile) norm_quant_column_scales_kernel(NormQuant args, int64_t tiles) {
     SharedArena arena;
     const Shared<uint32_t> maxima = arena.template take<uint32_t>(tile * tile);
     const int64_t columns = args.norm.columns, j = static_cast<int64_t>(blockIdx.x) * tile + threadIdx.x;

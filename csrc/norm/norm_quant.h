@@ -14,14 +14,14 @@ struct NormQuant {
     NormForward norm;    // y is not used
     const float* given;  // the scale of everything, or null: scales are found
     void* codes;
-    float* scale;         // unless given; [rows, segments]
-    void* codes_t;        // [columns, rows]
-    float* scale_t;       // unless given; [columns, segments_t]
-    uint32_t* largest_t;  // [tiles of rows, columns], working memory of whole_columns
+    float* scale;               // unless given; [rows, segments]
+    void* codes_t;              // [columns, rows]
+    float* scale_t;             // unless given; [columns, segments_t]
+    uint32_t* largest_t;        // [tiles of rows, columns], working memory of whole_columns
     int64_t segment, segments;  // elements of a row that share a scale (fewer in the last), scales of a row
     int64_t segments_t;
-    float upper_bound;  // of the scales found
-    bool transposed;    // with the transposed copy
+    float upper_bound;   // of the scales found
+    bool transposed;     // with the transposed copy
     bool whole_columns;  // whose scales serve all rows, not kNormQuantTile of them
     DType code_type;
 };
@@ -55,7 +55,5 @@ NG_CPU_KERNEL(void, norm_quant_rows, (const NormQuant& args, int64_t begin, int6
 // Tiles of kNormQuantTile rows, with the transposed copy where its scales need no other tile.
 NG_CPU_KERNEL(void, norm_quant_tiles, (const NormQuant& args, int64_t begin, int64_t end))
 // For whole_columns: the scales of columns, then the transposed copy of tiles.
-NG_CPU_KERNEL(void, norm_quant_column_scales,
-              (const NormQuant& args, int64_t begin, int64_t end))
-NG_CPU_KERNEL(void, norm_quant_transposed_tiles,
-              (const NormQuant& args, int64_t begin, int64_t end))
+NG_CPU_KERNEL(void, norm_quant_column_scales, (const NormQuant& args, int64_t begin, int64_t end))
+NG_CPU_KERNEL(void, norm_quant_transposed_tiles, (const NormQuant& args, int64_t begin, int64_t end))

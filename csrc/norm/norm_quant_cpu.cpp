@@ -1,8 +1,7 @@
-// CPU kernels of a norm with a quantized result: rows are normalized into float32 working memory that stays in
-// the cache, and quantized from there.
-#include "norm/norm_quant.h"
-
+// CPU kernels of a norm with a quantized result: rows are normalized into float32 working memory that stays
+// in the cache, and quantized from there.
 #include "common/scratch.h"
+#include "norm/norm_quant.h"
 #include "quant/encode_cpu.h"
 
 NG_NAMESPACE_BEGIN

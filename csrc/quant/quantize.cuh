@@ -15,9 +15,9 @@ __device__ __forceinline__ int64_t quotient(int64_t i, int64_t by) {
 
 // --- one scale per row, or per segment of a row --------------------------------------------------
 
-// Consecutive groups of `threads_per_segment` threads take a segment each; a thread holds `Vectors` vectors of
-// it, so that it is read once. Vectors = 0 stands for a segment too long for that: it is read again for the
-// codes.
+// Consecutive groups of `threads_per_segment` threads take a segment each; a thread holds `Vectors` vectors
+// of it, so that it is read once. Vectors = 0 stands for a segment too long for that: it is read again for
+// the codes.
 template <class T, class Code, int Width, int Vectors>
 __global__ void __launch_bounds__(512, 1)
     quantize_segments_kernel(Quantize args, int threads_per_segment, bool aligned) {
@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(512, 1)
             largest = largest_of(load_elements<Width>(x, base + j, aligned), largest);
         }
     }
-    const float scale = scale_of<Code>(magnitude_to_float<T>(group_max(largest, threads_per_segment, partials)));
+    const float scale =
+        scale_of<Code>(magnitude_to_float<T>(group_max(largest, threads_per_segment, partials)));
     if (active && lane == 0) global<float>(args.scale, "scale")[group] = scale;
 
     const Encoder<Code> encoder(args);

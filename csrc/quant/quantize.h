@@ -2,8 +2,8 @@
 //
 //     scale = max|x| over a group / largest code          code = round(x / scale)
 //
-// A group is the whole tensor, a row, a column, or a segment of a row, of x seen as rows of contiguous elements.
-// A row is one segment, unless it is cut into blocks.
+// A group is the whole tensor, a row, a column, or a segment of a row, of x seen as rows of contiguous
+// elements. A row is one segment, unless it is cut into blocks.
 #pragma once
 
 #include "common/cpu.h"

@@ -15,7 +15,7 @@ from torch import Tensor
 from narrowgauge.ops.random import philox_words, uniform
 from narrowgauge.quant import Quantized, Scheme, dequantize, quantize
 from narrowgauge.quant.formats import FORMATS, Float
-from narrowgauge.quant.quantize import quantize_operator
+from narrowgauge.quant.quantize import dequantize_operator, quantize_operator
 
 every_format = pytest.mark.parametrize("format", FORMATS)
 every_backend = pytest.mark.parametrize("run", all_backends())
@@ -75,6 +75,23 @@ def test_scales_and_codes_follow_numpy(run: Any, format: str, granularity: str) 
     divided = a / (expected_scale[:, None] if granularity == "row" else expected_scale)
     clamped = np.clip(divided, np.float32(-largest(format)), np.float32(largest(format)))
     assert_same_bits(codes, rounded_by_torch(torch.from_numpy(clamped), format))
+
+
+@every_backend
+@every_format
+@pytest.mark.parametrize("columns", [1, 128, 129, 300, 384])
+def test_blocks_are_rows_of_128(run: Any, format: str, columns: int) -> None:
+    x = torch.randn(5, columns, generator=torch.Generator().manual_seed(4)) * 37.5
+    codes, scale = run(quantize_operator, x, format, "block", None, None)
+    for i, part in enumerate(x.split(128, 1)):
+        alone = quantize(part.contiguous(), Scheme(format, "row"))
+        assert_same_bits(codes[:, i * 128 : (i + 1) * 128].contiguous(), alone.codes)
+        assert_same_bits(scale[:, i].contiguous(), alone.scale)
+    restored = torch.cat(
+        [c.float() * s for c, s in zip(codes.split(128, 1), scale.split(1, 1), strict=True)], 1
+    )
+    (decoded,) = run(dequantize_operator, codes, scale, "block", None)
+    assert_same_bits(decoded, restored)
 
 
 @every_backend
@@ -333,7 +350,7 @@ BAD_CALLS = {
         r"format must be one of 'int8', 'e4m3', 'e5m2'; got 'int7'",
     ),
     "granularity": (
-        lambda: Scheme("int8", "block"),
+        lambda: Scheme("int8", "tile"),
         ValueError,
         r"granularity must be one of 'tensor', 'row'",
     ),

@@ -2,6 +2,7 @@
 
 from narrowgauge.norm.dyt import Derf, DyT, derf, dyt
 from narrowgauge.norm.layer_norm import LayerNorm, add_layer_norm, layer_norm
+from narrowgauge.norm.norm_linear import LayerNormLinear, RMSNormLinear, layer_norm_linear, rms_norm_linear
 from narrowgauge.norm.norm_quant import layer_norm_quant, rms_norm_quant
 from narrowgauge.norm.peri_add_norm import peri_add_norm
 from narrowgauge.norm.placement import ResidualNorm, mix_ln_schemes
@@ -13,8 +14,10 @@ __all__ = [
     "Derf",
     "DyT",
     "LayerNorm",
+    "LayerNormLinear",
     "PolyNorm",
     "RMSNorm",
+    "RMSNormLinear",
     "ResidualNorm",
     "SeeDNorm",
     "add_layer_norm",
@@ -22,11 +25,13 @@ __all__ = [
     "derf",
     "dyt",
     "layer_norm",
+    "layer_norm_linear",
     "layer_norm_quant",
     "mix_ln_schemes",
     "peri_add_norm",
     "poly_norm",
     "rms_norm",
+    "rms_norm_linear",
     "rms_norm_quant",
     "seed_norm",
 ]

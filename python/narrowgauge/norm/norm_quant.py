@@ -48,7 +48,9 @@ def _encode(
     v = y / given.float()
     if isinstance(target, Float):  # a scale that was given cannot become NaN; the code can
         nan = torch.full_like(v, torch.nan)
-        return torch.where(v.isnan(), nan, v.clamp(-target.fmax, target.fmax)).to(target.dtype), y.new_empty(0)
+        return torch.where(v.isnan(), nan, v.clamp(-target.fmax, target.fmax)).to(target.dtype), y.new_empty(
+            0
+        )
     return round_nearest(v, target), y.new_empty(0)
 
 
@@ -96,15 +98,19 @@ def _samples(make: SampleMaker) -> Iterator[Sample]:
             call((6, 40), i, granularity, bias=True, offset=1.0, residual=make.dtype), "everything beside x"
         )
         yield Sample(
-            call((6, 40), i + 1, granularity, weight=False, bias=True, residual=torch.float32), "wide residual"
+            call((6, 40), i + 1, granularity, weight=False, bias=True, residual=torch.float32),
+            "wide residual",
         )
         yield Sample(call((9, 72), i + 2, granularity, transposed=True), "transposed, part of a tile")
         yield Sample(
-            call((130, 19), i, granularity, transposed=True, residual=make.dtype), "two tiles of rows, odd sizes"
+            call((130, 19), i, granularity, transposed=True, residual=make.dtype),
+            "two tiles of rows, odd sizes",
         )
         yield Sample(call((0, 8), i, granularity, transposed=True), "no rows to transpose")
         yield Sample(call((3, 0), i + 1, granularity, transposed=True), "no columns to transpose")
-    yield Sample(call((32, 80), 1, "block", transposed=True), "columns of whole vectors, two tiles of columns")
+    yield Sample(
+        call((32, 80), 1, "block", transposed=True), "columns of whole vectors, two tiles of columns"
+    )
     yield Sample(call((3, 48), 0, "row", bound=0.01), "scales bounded from above")
     yield Sample(call((3, 48), 1, "row", scale=1e-4), "eps dominates")
     yield Sample(call((4, 8208), 0, "row"), "rows beyond the registers")
@@ -114,7 +120,8 @@ def _samples(make: SampleMaker) -> Iterator[Sample]:
 @operator(
     "norm_quant(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float weight_offset,"
     " bool centred, str format, str granularity, Tensor? scale, float scale_upper_bound, bool transposed)"
-    " -> (Tensor codes, Tensor scale_out, Tensor codes_t, Tensor scale_t, Tensor residual_out, Tensor mean, Tensor rstd)",
+    " -> (Tensor codes, Tensor scale_out, Tensor codes_t, Tensor scale_t, Tensor residual_out, Tensor mean,"
+    " Tensor rstd)",
     samples=_samples,
     dtypes=NARROW,
 )
@@ -181,7 +188,7 @@ def norm_backward(
 def _setup(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     x, residual, weight, bias, _, ctx.weight_offset, ctx.centred, *_ = args
     *quantized, residual_out, mean, rstd = results
-    ctx.x_dtype = x.dtype
+    ctx.x_dtype, ctx.with_residual = x.dtype, residual is not None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x if residual is None else residual_out, mean, rstd, weight, bias)
     straight_through = x.new_zeros((), dtype=torch.float32).expand(x.shape)
@@ -194,6 +201,8 @@ def _setup(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> tupl
 
 def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     *_, dresidual, dy = gradients
+    if not ctx.with_residual:  # zeros under torch.compile, which knows no absent gradients
+        dresidual = None
     s, mean, rstd, weight, bias = ctx.saved_tensors
     _, wants_residual, for_weight, for_bias, *_ = ctx.needs_input_grad
     dweight = dbias = None
@@ -311,9 +320,7 @@ def _norm_quant(
     q.straight_through = straight_through
     returned: list[Any] = [q]
     if transposed:
-        returned.append(
-            Quantized(codes_t, scale_t if scale is None else scale, None, scheme, codes_t.shape)
-        )
+        returned.append(Quantized(codes_t, scale_t if scale is None else scale, None, scheme, codes_t.shape))
     if residual is not None:
         returned.append(residual_out)
     return q if len(returned) == 1 else tuple(returned)
@@ -431,8 +438,9 @@ system(
     title="Norm + quantize",
     source="arXiv 1910.07467, arXiv 1607.06450, arXiv 2412.19437",
     page="norm/norm_quant.md",
-    functions=("rms_norm_quant", "layer_norm_quant"),
+    functions=("rms_norm_quant", "layer_norm_quant", "rms_norm_linear", "layer_norm_linear"),
+    modules=("RMSNormLinear", "LayerNormLinear"),
     operators=("norm_quant",),
-    bench=("rms_norm_quant", "layer_norm_quant"),
+    bench=("rms_norm_quant", "layer_norm_quant", "rms_norm_linear"),
     reasons={"golden": "no authors' code; compared with the norm in float64 and with quantize"},
 )

@@ -79,7 +79,9 @@ def _samples(make: SampleMaker) -> Iterator[Sample]:
     rng = torch.tensor([-0x123456789ABCDEF, 2**40 + 5], device=make.device)
     yield Sample((make(3, 136), "int8", "block", None, None), "a short block at the end of each row")
     yield Sample((make(2, 257), "e4m3", "block", rng, None), "an odd row, stochastic")
-    yield Sample((_special(make(5, 136)), "e5m2", "block", None, None), "blocks of zeros, Inf, NaN, tiny values")
+    yield Sample(
+        (_special(make(5, 136)), "e5m2", "block", None, None), "blocks of zeros, Inf, NaN, tiny values"
+    )
     yield Sample((make(), "int8", "block", None, None), "no dimension")
     yield Sample((make(4, 0), "int8", "block", None, None), "no columns, no blocks")
     for granularity in ("tensor", "row", "column"):
