@@ -24,6 +24,23 @@ void normalize(const NormQuant& args, int64_t first, int64_t rows, float* y) {
     norm_forward_rows(norm, 0, rows);
 }
 
+using U8x16 = uint8_t __attribute__((vector_size(16)));
+
+// Transposes 16 x 16 bytes. One step interleaves row i with row i + 8, which rotates the eight bits of (row,
+// column) by one; four steps exchange row and column.
+NG_HOST_DEVICE void transpose(U8x16 (&rows)[16]) {
+    for (int step = 0; step < 4; ++step) {
+        U8x16 next[16];
+        for (int i = 0; i < 8; ++i) {
+            next[2 * i] = __builtin_shufflevector(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5,
+                                                  21, 6, 22, 7, 23);
+            next[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12,
+                                                      28, 13, 29, 14, 30, 15, 31);
+        }
+        for (int i = 0; i < 16; ++i) rows[i] = next[i];
+    }
+}
+
 template <class Code>
 struct Kernels {
     // scale_at(j) is the scale of element j.
@@ -90,9 +107,19 @@ struct Kernels {
                     y + row * columns + left, count, args.given != nullptr,
                     [=](int64_t j) { return scale[left + j]; }, tile[row]);
             }
+            Code* target = codes + left * args.norm.rows;
+            const int64_t whole = count == width ? rows / 16 * 16 : 0;
+            for (int64_t j = 0; j < width && whole > 0; j += 16) {
+                for (int64_t row = 0; row < whole; row += 16) {
+                    U8x16 square[16];
+                    for (int i = 0; i < 16; ++i) memcpy(&square[i], &tile[row + i][j], 16);
+                    transpose(square);
+                    for (int i = 0; i < 16; ++i)
+                        memcpy(target + (j + i) * args.norm.rows + row, &square[i], 16);
+                }
+            }
             for (int64_t j = 0; j < count; ++j) {
-                Code* target = codes + (left + j) * args.norm.rows;
-                for (int64_t row = 0; row < rows; ++row) target[row] = tile[row][j];
+                for (int64_t row = whole; row < rows; ++row) target[j * args.norm.rows + row] = tile[row][j];
             }
         }
     }
