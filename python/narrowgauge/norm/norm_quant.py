@@ -191,7 +191,7 @@ def _setup(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> tupl
     ctx.x_dtype, ctx.with_residual = x.dtype, residual is not None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x if residual is None else residual_out, mean, rstd, weight, bias)
-    straight_through = x.new_zeros((), dtype=torch.float32).expand(x.shape)
+    straight_through = x.new_zeros(()).expand(x.shape)
     if residual is None:
         ctx.mark_non_differentiable(*quantized, residual_out)
     else:
