@@ -25,6 +25,13 @@ inline bool same_sizes(const Tensor& a, const Tensor& b) {
     return a_sizes.size() == b_sizes.size() && std::equal(a_sizes.begin(), a_sizes.end(), b_sizes.begin());
 }
 
+inline void check_residual(const OptionalTensor& residual, const Tensor& x) {
+    if (!residual) return;
+    check_layout(*residual, x, "residual");
+    NG_CHECK(same_sizes(*residual, x), "residual must have the shape of x");
+    NG_CHECK(is_companion(dtype(*residual), dtype(x)), "residual must have the dtype of x or float32");
+}
+
 struct Shape {
     int64_t rows, columns;
 };

@@ -37,11 +37,7 @@ Forward forward(const Tensor& x, const OptionalTensor& residual, const OptionalT
     NG_CHECK(eps >= 0 && std::isfinite(eps), "eps must be a finite number >= 0, got ", eps);
     check_vector(weight, "weight", x, columns);
     check_vector(bias, "bias", x, columns);
-    if (residual) {
-        check_layout(*residual, x, "residual");
-        NG_CHECK(same_sizes(*residual, x), "residual must have the shape of x");
-        NG_CHECK(is_companion(dtype(*residual), x_type), "residual must have the dtype of x or float32");
-    }
+    check_residual(residual, x);
     const DType y_type = dtype_or(out_dtype, x_type);
     NG_CHECK(is_companion(y_type, x_type), "out_dtype must be the dtype of x or float32");
 

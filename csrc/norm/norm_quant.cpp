@@ -52,11 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_quant(
              "granularity must be tensor, row or block, got ", granularity);
     check_vector(weight, "weight", x, columns);
     check_vector(bias, "bias", x, columns);
-    if (residual) {
-        check_layout(*residual, x, "residual");
-        NG_CHECK(same_sizes(*residual, x), "residual must have the shape of x");
-        NG_CHECK(is_companion(dtype(*residual), x_type), "residual must have the dtype of x or float32");
-    }
+    check_residual(residual, x);
     NG_CHECK((granularity == "tensor") == scale.has_value(), "scale goes with granularity tensor");
     if (scale) {
         check_layout(*scale, x, "scale");
