@@ -131,6 +131,7 @@ CASES = [
         for shape in SHAPES
         for dtype in (torch.float32, torch.bfloat16)
     ),
+    norm_quant_case("rms_norm_quant", (131072, 128), torch.bfloat16, "int8", "row"),  # many short rows
     norm_quant_case("rms_norm_quant", SHAPES[0], torch.bfloat16, "e4m3", "block"),
     norm_quant_case("rms_norm_quant", SHAPES[0], torch.bfloat16, "e4m3", "block", transposed=True),
     norm_quant_case("rms_norm_quant", SHAPES[0], torch.bfloat16, "int8", "row", transposed=True),

@@ -73,7 +73,7 @@ struct Kernels {
     }
 
     static void rows(const NormQuant& args, int64_t begin, int64_t end) {
-        const int64_t columns = args.norm.columns, at_once = columns < 8192 ? 8192 / (columns + 1) + 1 : 1;
+        const int64_t columns = args.norm.columns, at_once = columns < 32768 ? 32768 / (columns + 1) + 1 : 1;
         const Scratch<float> y(at_once * columns);
         for (int64_t row = begin; row < end; row += at_once) {
             const int64_t rows = smaller(at_once, end - row);
