@@ -1,6 +1,8 @@
 // A norm with a quantized result: the binding.
 #include "norm/norm_quant.h"
 
+#include <cmath>
+
 #include "norm/guards.h"
 #include "quant/guards.h"
 
@@ -48,6 +50,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_quant(
     const auto [rows, columns] = check_rows(x);
     const DType x_type = dtype(x), code_type = code_type_of(format);
     NG_CHECK(x_type != DType::float64, "x must be float32, bfloat16 or float16, got float64");
+    NG_CHECK(eps >= 0 && std::isfinite(eps), "eps must be a finite number >= 0, got ", eps);
+    NG_CHECK(scale_upper_bound > 0, "scale_upper_bound must be > 0, got ", scale_upper_bound);
     NG_CHECK(granularity == "tensor" || granularity == "row" || granularity == "block",
              "granularity must be tensor, row or block, got ", granularity);
     check_vector(weight, "weight", x, columns);

@@ -427,3 +427,21 @@ def test_layer_norm_quant_takes_its_arguments_in_torchs_order() -> None:
     q = layer_norm_quant(x, weight, bias, 1e-2, qdtype="int8")
     y = layer_norm(x, 8, weight, bias, 1e-2)
     assert ((dequantize(q) - y).abs() <= q.scale.unsqueeze(-1) * 0.5001).all()
+
+
+@needs_native
+def test_the_operator_guards_what_the_kernels_rely_on() -> None:
+    x = torch.randn(2, 6)
+    for given, message in (
+        ({"eps": -1.0}, "eps must be"),
+        ({"bound": 0.0}, "scale_upper_bound must be > 0"),
+        ({"granularity": "column"}, "granularity must be tensor, row or block"),
+        ({"granularity": "tensor"}, "scale goes with granularity tensor"),
+        ({"scale": torch.ones(())}, "scale goes with granularity tensor"),
+        ({"granularity": "tensor", "scale": torch.ones(2)}, "scale must be one float32 number"),
+        ({"format": "int7"}, "format must be"),
+        ({"residual": x[:1]}, "residual must have the shape of x"),
+        ({"weight": x[0, :5]}, "weight must have shape"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call(lambda record, *args: record(*args), x, **given)
