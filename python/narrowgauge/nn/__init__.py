@@ -7,10 +7,12 @@ from narrowgauge.norm import (
     LayerNorm,
     LayerNormLinear,
     PolyNorm,
+    PowerNorm,
     ResidualNorm,
     RMSNorm,
     RMSNormLinear,
     SeeDNorm,
+    UnifiedNorm,
     mix_ln_schemes,
 )
 
@@ -20,10 +22,12 @@ __all__ = [
     "LayerNorm",
     "LayerNormLinear",
     "PolyNorm",
+    "PowerNorm",
     "RMSNorm",
     "RMSNormLinear",
     "ResidualNorm",
     "SeeDNorm",
+    "UnifiedNorm",
     "functional",
     "mix_ln_schemes",
 ]

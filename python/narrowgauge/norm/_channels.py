@@ -10,6 +10,7 @@ nothing waits for the device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -60,7 +61,7 @@ def _wide(make: SampleMaker) -> torch.dtype:
 
 
 def _mask(make: SampleMaker, shape: tuple[int, ...]) -> Tensor:
-    return make(shape[:-1].numel() if isinstance(shape, torch.Size) else torch.Size(shape[:-1]).numel()) > 0.5
+    return make(math.prod(shape[:-1])) > 0.5
 
 
 def _affine_samples(make: SampleMaker) -> Iterator[Sample]:

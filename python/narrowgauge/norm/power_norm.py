@@ -34,7 +34,8 @@ from narrowgauge.norm._channels import (
     mean_over_tokens,
 )
 from narrowgauge.norm._reference import compute_dtype
-from narrowgauge.ops import Sample, SampleMaker, checks, fused_function, operator
+from narrowgauge.ops import Sample, SampleMaker, checks, operator
+from narrowgauge.ops.autograd import fused_function
 
 
 def _vectors(make: SampleMaker, columns: int) -> list[Tensor]:

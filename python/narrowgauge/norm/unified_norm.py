@@ -1,0 +1,278 @@
+"""Unified Normalization (Yang et al., arXiv 2208.01313), in the form of the authors' one-dimensional layer.
+
+    q = mean(x^2)                       of each channel, over the tokens that are not padding
+    v = q                               during the warm-up, and in steps that the outlier test skips
+    v = geometric mean of q             over the last steps otherwise
+    y = weight * x / sqrt(v + eps) + bias       in training
+    y = weight * x / sqrt(V + eps) + bias       in evaluation, V being the running mean of v
+
+There are no statistics of single tokens, so in evaluation the layer is an affine map of each channel, which
+`fold_unified_norm` puts into the linear layer behind it. The gradient is the method's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from narrowgauge.norm._channels import (
+    TokenBatchNorm,
+    channel_affine,
+    channel_affine_op,
+    channel_backward_op,
+    channel_products_op,
+    channel_squares_op,
+    check_count,
+    check_fraction,
+    kept_where_no_token,
+    mean_over_tokens,
+)
+from narrowgauge.norm._reference import compute_dtype
+from narrowgauge.ops.autograd import fused_function
+
+# The authors' code does not compare the gradient's scale with the running one before this iteration.
+FIRST_RATIO = 1000
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, inverse: Tensor, *_: Any) -> Tensor:
+    return channel_affine_op(x, weight.to(inverse.dtype) * inverse, bias.to(inverse.dtype), 0, 0.0)
+
+
+def _setup(ctx: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:
+    x, weight, _, inverse, ratio, skip, direct, slot, some_token, *state = args
+    ctx.save_for_backward(x, weight, inverse, ratio, skip, direct, slot, some_token)
+    ctx.ema_gz, ctx.buffer_gz, ctx.momentum, ctx.group = state
+    return y
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, inverse, ratio, skip, direct, slot, some_token = ctx.saved_tensors
+    ema_gz, buffer_gz, momentum = ctx.ema_gz, ctx.buffer_gz, ctx.momentum
+    dy = dy.contiguous()
+    w = weight.to(inverse.dtype)
+    products, dbias = channel_products_op(dy, x).unbind()
+    dweight = ratio * inverse * products
+    c, _ = mean_over_tokens(w * dweight, x.numel() // x.shape[-1], None, ctx.group)  # mean of g * z
+
+    window = torch.where(slot, torch.where(skip, ema_gz, c), buffer_gz)
+    m = torch.where(direct, c, window.mean(0))
+    ema = momentum * ema_gz + (1 - momentum) * m
+    s = torch.where(skip, m, ema)
+    if some_token is not None:
+        window = torch.where(some_token, window, buffer_gz)
+        ema = torch.where(some_token, ema, ema_gz)
+        s = torch.where(some_token, s, 0.0)
+    buffer_gz.copy_(window)
+    ema_gz.copy_(ema)
+    dx, _ = channel_backward_op(
+        dy, x, None, w * ratio * inverse, s * inverse.square(), 0, 0.0, False
+    )
+    _, for_weight, for_bias, *_ = ctx.needs_input_grad
+    return (
+        dx,
+        dweight.to(weight.dtype) if for_weight else None,
+        dbias.to(weight.dtype) if for_bias else None,
+        *[None] * 10,
+    )
+
+
+_train = fused_function("UnifiedNorm", _forward, _setup, _backward)
+
+
+class UnifiedNorm(TokenBatchNorm):
+    """Unified normalization: window-smoothed batch statistics in training, an affine map of channels in evaluation.
+
+    Args:
+        num_features: Channels C, the size of the last dimension.
+        window_size: Steps over which statistics are smoothed; one number, or a pair for the forward and the backward
+            pass. Default 4.
+        warmup_iters: Steps without smoothing. Default 4000.
+        outlier_filtration: Do not smooth in steps whose statistics deviate much from those of the window, and keep
+            them out of it. Default False; the authors use it for vision, not for language.
+        eps: Added inside the roots. Default 1e-5.
+        momentum: Weight of the *old* value in the running means. Default 0.9.
+        process_group: Processes over whose batches statistics are taken together, one all-reduce in the forward and one
+            in the backward pass. Default None: each process its own.
+        device, dtype: Of the parameters. State is float32, or float64 for float64.
+
+    Buffers: ``running_var`` and ``ema_gz`` of shape (C,), ``buffer_x2`` and ``buffer_gz`` of shapes (window, C),
+    ``num_batches_tracked`` and ``skip_counter``, all on the device: no step waits for it.
+
+    Source: arXiv 2208.01313. The gradient is the method's own; with a window of one step and without padding it is that
+    of the batch's root mean square.
+    """
+
+    running_var: Tensor
+    ema_gz: Tensor
+    buffer_x2: Tensor
+    buffer_gz: Tensor
+    skip_counter: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        window_size: int | tuple[int, int] = 4,
+        warmup_iters: int = 4000,
+        outlier_filtration: bool = False,
+        eps: float = 1e-5,
+        momentum: float = 0.9,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, warmup_iters, process_group, device, dtype)
+        check_fraction("UnifiedNorm", "momentum", momentum)
+        windows = window_size if isinstance(window_size, (tuple, list)) else (window_size, window_size)
+        if len(windows) != 2:
+            raise ValueError(
+                f"UnifiedNorm: window_size must be an integer or a pair of them, got {window_size!r}"
+            )
+        for window in windows:
+            check_count("UnifiedNorm", "window_size", window, 1)
+        self.window_size: tuple[int, int] = (windows[0], windows[1])
+        self.outlier_filtration, self.momentum = outlier_filtration, float(momentum)
+        state = compute_dtype(self.weight.dtype)
+        for name, shape in (
+            ("running_var", (num_features,)),
+            ("ema_gz", (num_features,)),
+            ("buffer_x2", (windows[0], num_features)),
+            ("buffer_gz", (windows[1], num_features)),
+        ):
+            self.register_buffer(name, torch.empty(shape, device=device, dtype=state))
+        self.register_buffer("skip_counter", torch.tensor(0, dtype=torch.int64, device=device))
+        self.reset_parameters()
+
+    def reset_running_stats(self) -> None:
+        self.running_var.fill_(1.0)
+        for buffer in (
+            self.ema_gz, self.buffer_x2, self.buffer_gz, self.num_batches_tracked, self.skip_counter
+        ):  # fmt: skip
+            buffer.zero_()
+
+    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        """Normalizes x.
+
+        Args:
+            x: Shape (B, N, C) or (B, C); any layout; float32, bfloat16, float16 or float64.
+            pad_mask: Boolean, shape (B, N), True for padding, which is normalized like the rest but enters no
+                statistic of the forward pass. A batch of nothing but padding leaves all buffers as they are and is
+                normalized by the running statistics. Default: no padding.
+
+        Raises:
+            TypeError, ValueError: An argument does not fit; nothing has changed then.
+            RuntimeError: Called a second time during the backward pass, by activation checkpointing.
+        """
+        padding = self._tokens(x, pad_mask, batch_first=True)
+        x = x.contiguous()
+        if not self.training or (x.shape[:-1].numel() == 0 and self.process_group is None):
+            scale = (self.running_var + self.eps).rsqrt() * self.weight
+            return channel_affine(x, scale, self.bias.to(scale.dtype), 0, 0.0)
+        self._refuse_recomputation()
+        with torch.no_grad():
+            squares = channel_squares_op(x.detach(), padding)
+            q, some_token = mean_over_tokens(
+                squares, x.numel() // self.num_features, padding, self.process_group
+            )
+            statistics = self._update(q, some_token)
+        return _train.apply(
+            x,
+            self.weight,
+            self.bias,
+            *statistics,
+            some_token,
+            self.ema_gz,
+            self.buffer_gz,
+            self.momentum,
+            self.process_group,
+        )
+
+    def _update(self, q: Tensor, some_token: Tensor | None) -> tuple[Tensor, ...]:
+        """One step of the forward state.
+
+        Returns 1 / sqrt(v + eps), the gradient's scale r, whether the step is skipped, whether the gradient statistic
+        is taken as it is, and the slot of the backward window (as a mask of its rows).
+        """
+        forward_window, backward_window = self.window_size
+        old, window, step = self.running_var, self.buffer_x2, self.num_batches_tracked + 1
+        q = kept_where_no_token(some_token, q, old)
+        slot = _slot(step, window)
+        filled = torch.where(slot, q, window)
+        geometric = filled.log().mean(0).exp()
+        skip = torch.full_like(step, forward_window <= 1, dtype=torch.bool)
+        if self.outlier_filtration:
+            roots = window.sqrt()
+            variance = (roots - roots.mean()).square().sum() / (roots.numel() - 1)
+            outlier = (filled.mean(0) - geometric > forward_window * variance).any()
+            outlier = outlier & (step >= self.warmup_iters)
+            filled = torch.where(slot & outlier, old, filled)
+            skip = skip | outlier
+            counted = outlier if some_token is None else outlier & some_token[0]
+            self.skip_counter.add_(counted)
+        warm = step < self.warmup_iters
+        v = torch.where(warm | skip | (step <= forward_window), q, geometric)
+        v = kept_where_no_token(some_token, v, old)
+        ratio = ((v + self.eps).sqrt() / (old + self.eps).sqrt()).clamp(0.2, 5.0)
+        ratio = torch.where(skip | (step <= max(FIRST_RATIO, self.warmup_iters)), 1.0, ratio)
+        direct = warm | skip | (step <= backward_window)
+        backward_slot = _slot(step, self.buffer_gz)
+
+        self.running_var.copy_(
+            kept_where_no_token(some_token, self.momentum * old + (1 - self.momentum) * v, old)
+        )
+        self.buffer_x2.copy_(kept_where_no_token(some_token, filled, window))
+        self.num_batches_tracked.add_(1 if some_token is None else some_token[0])
+        return (v + self.eps).rsqrt(), ratio, skip, direct, backward_slot
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, window_size={self.window_size}, warmup_iters={self.warmup_iters}, "
+            f"outlier_filtration={self.outlier_filtration}, eps={self.eps}, momentum={self.momentum}"
+        )
+
+
+def _slot(step: Tensor, window: Tensor) -> Tensor:
+    """Which row of a window belongs to a step, as a mask of shape (window, 1)."""
+    return (torch.arange(window.shape[0], device=window.device) == step % window.shape[0]).unsqueeze(-1)
+
+
+def fold_unified_norm(norm: UnifiedNorm, linear: nn.Linear) -> nn.Linear:
+    """A linear layer that does in one what `norm` in evaluation and `linear` do one after the other.
+
+    Args:
+        norm: Its running statistics, weight and bias are used; it stays as it is.
+        linear: The layer that reads its output; it stays as it is. Where a residual stream reads the norm's output
+            too, or several linear layers do, fold a copy into each of the linear layers.
+
+    Returns:
+        A copy of `linear` with another weight, and a bias in any case.
+
+    Raises:
+        TypeError, ValueError: The layers do not fit.
+    """
+    if not isinstance(norm, UnifiedNorm):
+        raise TypeError(f"fold_unified_norm: norm must be a UnifiedNorm, got {type(norm).__name__}")
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"fold_unified_norm: linear must be a torch.nn.Linear, got {type(linear).__name__}")
+    if linear.in_features != norm.num_features:
+        raise ValueError(
+            f"fold_unified_norm: linear reads {linear.in_features} features but norm has {norm.num_features}"
+        )
+    if linear.weight.device != norm.weight.device:
+        raise ValueError(
+            f"fold_unified_norm: linear is on {linear.weight.device} but norm is on {norm.weight.device}; move one"
+        )
+    folded = copy.deepcopy(linear)
+    with torch.no_grad():
+        weight = linear.weight.double()
+        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        bias = weight @ norm.bias.double()
+        if linear.bias is not None:
+            bias = bias + linear.bias.double()
+        folded.weight.copy_(weight * scale)
+        folded.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=linear.weight.requires_grad)
+    return folded
