@@ -1,0 +1,113 @@
+// Launches of the passes over tokens: how channels are cut into pieces and tokens into chunks.
+#include "norm/channels.cuh"
+
+namespace narrowgauge {
+namespace {
+
+struct HowToRun {
+    Plan plan;
+    int width;
+    Pieces pieces;
+    int64_t blocks, chunks;
+};
+
+// Without groups, a tile of 32 vectors for each warp.
+constexpr Plan tile_plan{32, 32, 1};
+
+template <int Count>
+HowToRun how_to_run(int64_t rows, int64_t columns, int64_t groups, DType type, const Plan (&plans)[Count],
+                    std::initializer_list<const void*> pointers) {
+    const int full_width = static_cast<int>(16 / size_of(type));
+    const int64_t group = groups > 0 ? columns / groups : columns;
+    HowToRun how{};
+    how.width = group % full_width == 0 && aligned(pointers) ? full_width : 1;
+    how.plan = groups > 0 ? plan_for(plans, (group + how.width - 1) / how.width) : tile_plan;
+    const int64_t length = groups > 0 ? group : int64_t{tile_plan.threads} * how.width;
+    how.pieces = {length, (columns + length - 1) / length, how.plan.threads};
+    const PersistentGrid grid = persistent_grid(how.plan, rows * how.pieces.count);
+    const int64_t blocks_per_piece = (grid.blocks + how.pieces.count - 1) / how.pieces.count;
+    how.blocks = blocks_per_piece * how.pieces.count;
+    how.chunks = blocks_per_piece * rows_per_block(how.plan);
+    return how;
+}
+
+HowToRun how_to_run(const ChannelForward& args) {
+    return how_to_run(args.rows, args.columns, args.groups, args.x_type, forward_plans,
+                      {args.x, args.scale, args.bias, args.y});
+}
+
+HowToRun how_to_run(const ChannelBackward& args) {
+    return how_to_run(args.rows, args.columns, args.groups, args.x_type, backward_plans,
+                      {args.dy, args.x, args.scale, args.projection, args.dx});
+}
+
+template <class A>
+LaunchConfig config_of(const HowToRun& how, Stream stream) {
+    return {dim3(static_cast<unsigned>(how.blocks)), dim3(static_cast<unsigned>(block_threads(how.plan))),
+            max_warps * sizeof(A), 1, stream};
+}
+
+template <class X, int Width>
+void run(const ChannelForward& args, const HowToRun& how, Stream stream) {
+    const LaunchConfig config = config_of<compute_t<X>>(how, stream);
+    const bool sums = args.squares_partial != nullptr;
+    if (args.groups == 0) {
+        if (sums) return launch(config, channel_forward_kernel<X, Width, 1, false, true>, args, how.pieces);
+        return launch(config, channel_forward_kernel<X, Width, 1, false, false>, args, how.pieces);
+    }
+    with_vectors<1, 4, 0>(how.plan.vectors, [&](auto vectors) {
+        if (sums) {
+            launch(config, channel_forward_kernel<X, Width, vectors, true, true>, args, how.pieces);
+        } else {
+            launch(config, channel_forward_kernel<X, Width, vectors, true, false>, args, how.pieces);
+        }
+    });
+}
+
+template <class X, int Width>
+void run(const ChannelBackward& args, const HowToRun& how, Stream stream) {
+    const LaunchConfig config = config_of<compute_t<X>>(how, stream);
+    const bool sums = args.sums_partial != nullptr;
+    if (args.groups == 0) {
+        if (sums) return launch(config, channel_backward_kernel<X, Width, 1, false, true>, args, how.pieces);
+        return launch(config, channel_backward_kernel<X, Width, 1, false, false>, args, how.pieces);
+    }
+    with_vectors<1, 2, 0>(how.plan.vectors, [&](auto vectors) {
+        if (sums) {
+            launch(config, channel_backward_kernel<X, Width, vectors, true, true>, args, how.pieces);
+        } else {
+            launch(config, channel_backward_kernel<X, Width, vectors, true, false>, args, how.pieces);
+        }
+    });
+}
+
+template <class X, class Arguments>
+void run_with_type(const Arguments& args, Stream stream) {
+    const HowToRun how = how_to_run(args);
+    if (how.width > 1) return run<X, 16 / sizeof(X)>(args, how, stream);
+    run<X, 1>(args, how, stream);
+}
+
+template <class Arguments>
+void run_any_type(const Arguments& args, Stream stream) {
+    switch (args.x_type) {
+        case DType::float64:
+            return run_with_type<double>(args, stream);
+        case DType::bfloat16:
+            return run_with_type<bf16>(args, stream);
+        case DType::float16:
+            return run_with_type<f16>(args, stream);
+        default:
+            return run_with_type<float>(args, stream);
+    }
+}
+
+}  // namespace
+
+int64_t channel_chunks_on_device(const ChannelForward& args) { return how_to_run(args).chunks; }
+int64_t channel_chunks_on_device(const ChannelBackward& args) { return how_to_run(args).chunks; }
+
+void launch_channel_pass(const ChannelForward& args, Stream stream) { run_any_type(args, stream); }
+void launch_channel_pass(const ChannelBackward& args, Stream stream) { run_any_type(args, stream); }
+
+}  // namespace narrowgauge
