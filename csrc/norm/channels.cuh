@@ -223,15 +223,17 @@ __global__ void __launch_bounds__(512, 1) channel_backward_kernel(ChannelBackwar
                 }
                 store_row<Width>(dx, base + j, out);
             }
-            if (!Sums || left_out) return;
+            if (left_out) return;
+            if constexpr (Sums) {
 #pragma unroll
-            for (int k = 0; k < Width; ++k) out[k] = g[v][k] * u[v][k];
-            sums.add(0, j, v, out);
-            sums.add(1, j, v, g[v]);
-            if constexpr (Grouped) {
+                for (int k = 0; k < Width; ++k) out[k] = g[v][k] * u[v][k];
+                sums.add(0, j, v, out);
+                sums.add(1, j, v, g[v]);
+                if constexpr (Grouped) {
 #pragma unroll
-                for (int k = 0; k < Width; ++k) out[k] = u[v][k] * u[v][k];
-                sums.add(2, j, v, out);
+                    for (int k = 0; k < Width; ++k) out[k] = u[v][k] * u[v][k];
+                    sums.add(2, j, v, out);
+                }
             }
         });
     }

@@ -193,7 +193,7 @@ void backward_chunks(const ChannelBackward& args, int64_t begin, int64_t end) {
 
 template <class X, bool Projected>
 void backward_of(const ChannelBackward& args, int64_t begin, int64_t end) {
-    if (args.dx == nullptr) {
+    if (args.scale == nullptr) {  // dx may be null for want of tokens
         if constexpr (!Projected) backward_chunks<X, false, false, false, true>(args, begin, end);
     } else if (args.groups > 0) {
         if (args.sums_partial) return backward_chunks<X, Projected, true, true, true>(args, begin, end);
