@@ -17,6 +17,9 @@ def assert_near(actual: Tensor, truth: Tensor, message: str = "") -> None:
     assert actual.shape == truth.shape, (
         f"{message}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     )
+    if not actual.is_floating_point() and actual.dtype.itemsize > 1:
+        assert_same_bits(actual, truth, message)  # counters and decisions
+        return
     if actual.dtype.itemsize == 1:
         assert_within_one_code(actual, truth, message)
         return
