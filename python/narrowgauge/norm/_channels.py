@@ -194,30 +194,32 @@ channel_affine = differentiable(
 # --- statistics ---
 
 
-def mean_over_tokens(
+def over_processes(
     sums: Tensor, tokens: int, pad_mask: Tensor | None, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor | None]:
-    """Sums over the tokens of all processes of the group, divided by the number of tokens that are not padding.
+) -> tuple[Tensor, Tensor]:
+    """Sums over the tokens of all processes of the group, and the number of tokens that are not padding.
 
-    Also returns whether there is any such token, as a tensor of one element; None where that needs no tensor to know.
-    One all-reduce.
+    One all-reduce; none without a group.
     """
-    if pad_mask is None and group is None:
-        return sums / tokens, None
     if pad_mask is None:
         count = sums.new_full((1,), tokens)
     else:
         count = (tokens - pad_mask.sum()).to(sums.dtype).view(1)
-    if group is not None:
-        both = torch.cat([sums, count])
-        dist.all_reduce(both, group=group)
-        sums, count = both[:-1], both[-1:]
-    return sums / count, count > 0
+    if group is None:
+        return sums, count
+    both = torch.cat([sums, count])
+    dist.all_reduce(both, group=group)
+    return both[:-1], both[-1:]
 
 
-def kept_where_no_token(some_token: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
-    """`new`; but `old` after a batch of nothing but padding."""
-    return new if some_token is None else torch.where(some_token, new, old)
+def mean_over_tokens(
+    sums: Tensor, tokens: int, pad_mask: Tensor | None, group: dist.ProcessGroup | None
+) -> Tensor:
+    """The sums divided by the number of tokens."""
+    if pad_mask is None and group is None:
+        return sums / tokens
+    sums, count = over_processes(sums, tokens, pad_mask, group)
+    return sums / count
 
 
 class TokenBatchNorm(nn.Module):

@@ -30,8 +30,8 @@ from narrowgauge.norm._channels import (
     channel_backward_op,
     check_count,
     check_fraction,
-    kept_where_no_token,
     mean_over_tokens,
+    over_processes,
 )
 from narrowgauge.norm._reference import compute_dtype
 from narrowgauge.ops import Sample, SampleMaker, checks, operator
@@ -103,62 +103,112 @@ def power_norm_warm_up_op(
     y.copy_(torch.where(steady, y, (u * scale + bias).to(y.dtype)))
 
 
+def _update_samples(make: SampleMaker) -> Iterator[Sample]:
+    def call(channels: int, tokens: float, step: int) -> tuple[Any, ...]:
+        phi, squares = (make(channels).square() + 0.1 for _ in range(2))
+        count = torch.tensor([tokens], dtype=make.dtype, device=make.device)
+        return phi, squares, count, torch.tensor(step, device=make.device), 5, 0.9, 1e-5
+
+    yield Sample(call(17, 3.0, 0), "the first step")
+    yield Sample(call(300, 3.0, 4), "the last step of the warm-up, which leaves the cumulative mean out")
+    yield Sample(call(17, 3.0, 5), "the first step after the warm-up")
+    yield Sample(call(17, 0.0, 7), "nothing but padding")
+    yield Sample(call(0, 3.0, 1), "no channels")
+
+
+@operator(
+    "power_norm_update_(Tensor(a!) running_phi, Tensor squares, Tensor count, Tensor step, int warmup_iters,"
+    " float alpha, float eps) -> Tensor",
+    samples=_update_samples,
+    dtypes=(torch.float32, torch.float64),
+)
+def power_norm_update_op(
+    running_phi: Tensor,
+    squares: Tensor,
+    count: Tensor,
+    step: Tensor,
+    warmup_iters: int,
+    alpha: float,
+    eps: float,
+) -> Tensor:
+    """One step of running_phi from sums of u^2 over `count` tokens; without tokens it stays as it is.
+
+    Returns the factor of u in z, and 1 / sqrt(q + eps). `step` is the number of steps before this one.
+    """
+    phi, t = running_phi, (step + 1).to(running_phi.dtype)
+    q = torch.where(count > 0, squares / count, phi)
+    current = (q + eps).rsqrt()
+    factors = torch.stack([torch.where(t <= warmup_iters, current, (phi + eps).rsqrt()), current])
+    mean = torch.where(t < warmup_iters, phi * (t - 1) / t + q / t, phi)
+    running_phi.copy_(torch.where(count > 0, alpha * mean + (1 - alpha) * q, phi))
+    return factors
+
+
 def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     pad_mask: Tensor | None,
     running_phi: Tensor,
+    num_batches_tracked: Tensor,
     ema_gz: Tensor,
-    steady: Tensor,
-    groups: int,
-    eps: float,
-    group: dist.ProcessGroup | None,
-    alpha_bkw: float,
-    running_scale: bool,
-    exclude_pad_grad: bool,
-) -> tuple[Tensor, ...]:
-    """y, q, whether there was any token; then what the backward needs: the factors of u in z, and of a in du."""
-    compute = compute_dtype(x.dtype)
-    w, b = weight.to(compute), bias.to(compute)
-    running = (running_phi + eps).rsqrt()
+    options: PowerNorm,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, the factors that the backward needs, and whether there was any token (None: there was)."""
+    groups, eps, warmup, group = options.num_groups, options.eps, options.warmup_iters, options.process_group
+    w, b = weight.to(running_phi.dtype), bias.to(running_phi.dtype)
+    steady = num_batches_tracked >= warmup
     y = torch.empty_like(x)
-    squares = power_norm_forward_op(y, x, pad_mask, running * w, b, steady, groups, eps)
-    q, some_token = mean_over_tokens(squares, x.numel() // x.shape[-1], pad_mask, group)
-    q = kept_where_no_token(some_token, q, running_phi)
-    current = (q + eps).rsqrt()
-    power_norm_warm_up_op(y, x, current * w, b, steady, groups, eps)
-    z_scale = torch.where(steady, running, current)
-    if some_token is None:
-        some_token = steady.new_ones(1)
-    return y, q, some_token, z_scale, z_scale if running_scale else current
-
-
-def _setup(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    x, weight, _, pad_mask, _, ctx.ema_gz, _, ctx.groups, ctx.eps, ctx.group, ctx.alpha, _, exclude = args
-    y, q, some_token, z_scale, du_scale = results
-    ctx.save_for_backward(x, weight, pad_mask if exclude else None, some_token, z_scale, du_scale)
-    ctx.mark_non_differentiable(q, some_token)
-    return y, q, some_token
-
-
-def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    x, weight, pad_mask, some_token, z_scale, du_scale = ctx.saved_tensors
-    ema_gz, w = ctx.ema_gz, weight.to(z_scale.dtype)
-    running = (1 - ctx.alpha) * ema_gz * z_scale  # times u: (1 - alpha) E z
-    dx, sums = channel_backward_op(
-        dy.contiguous(), x, pad_mask, w * du_scale, running * du_scale, ctx.groups, ctx.eps, True
+    scale = (running_phi + eps).rsqrt() * w
+    squares = power_norm_forward_op(y, x, pad_mask, scale, b, steady, groups, eps)
+    squares, count = over_processes(squares, x.numel() // x.shape[-1], pad_mask, group)
+    factors = power_norm_update_op(
+        running_phi, squares, count, num_batches_tracked, warmup, options.alpha_fwd, eps
     )
-    dweight = z_scale * sums[0]
-    az = w * dweight - running * z_scale * sums[2]
-    mean, _ = mean_over_tokens(az, x.numel() // x.shape[-1], pad_mask, ctx.group)
-    ema_gz.copy_(torch.where(some_token, ema_gz + mean, ema_gz))
+    power_norm_warm_up_op(y, x, factors[0] * w, b, steady, groups, eps)
+    if pad_mask is None and group is None:
+        num_batches_tracked.add_(1)
+        return y, factors, None
+    some_token = count > 0
+    num_batches_tracked.add_(some_token[0])
+    return y, factors, some_token
+
+
+def _setup(ctx: Any, args: tuple[Any, ...], results: tuple[Any, ...]) -> Tensor:
+    x, weight, _, pad_mask, _, _, ctx.ema_gz, ctx.options = args
+    y, factors, some_token = results
+    ctx.save_for_backward(
+        x, weight, pad_mask if ctx.options.exclude_pad_grad else None, factors, some_token
+    )
+    return y
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, pad_mask, factors, some_token = ctx.saved_tensors
+    ema_gz, options, w = ctx.ema_gz, ctx.options, weight.to(factors.dtype)
+    z_factor, q_factor = factors.unbind()
+    du_factor = z_factor if options.backward_scale == "running" else q_factor
+    projection = (1 - options.alpha_bkw) * ema_gz * z_factor  # its product with u is (1 - alpha) E z
+    dx, sums = channel_backward_op(
+        dy.contiguous(),
+        x,
+        pad_mask,
+        w * du_factor,
+        projection * du_factor,
+        options.num_groups,
+        options.eps,
+        True,
+    )
+    dweight = z_factor * sums[0]
+    az = w * dweight - projection * z_factor * sums[2]
+    ema = ema_gz + mean_over_tokens(az, x.numel() // x.shape[-1], pad_mask, options.process_group)
+    ema_gz.copy_(ema if some_token is None else torch.where(some_token, ema, ema_gz))
     _, for_weight, for_bias, *_ = ctx.needs_input_grad
     return (
         dx,
         dweight.to(weight.dtype) if for_weight else None,
         sums[1].to(weight.dtype) if for_bias else None,
-        *[None] * 10,
+        *[None] * 5,
     )
 
 
@@ -252,33 +302,16 @@ class PowerNorm(TokenBatchNorm):
             scale = (self.running_phi + self.eps).rsqrt() * self.weight
             return channel_affine(x, scale, self.bias.to(scale.dtype), self.num_groups, self.eps)
         self._refuse_recomputation()
-        y, q, some_token = _train.apply(
+        return _train.apply(
             x,
             self.weight,
             self.bias,
             padding,
             self.running_phi,
+            self.num_batches_tracked,
             self.ema_gz,
-            self.num_batches_tracked >= self.warmup_iters,
-            self.num_groups,
-            self.eps,
-            self.process_group,
-            self.alpha_bkw,
-            self.backward_scale == "running",
-            self.exclude_pad_grad,
+            self,
         )
-        with torch.no_grad():
-            self._update(q, some_token)
-        return y
-
-    def _update(self, q: Tensor, some_token: Tensor) -> None:
-        phi, step = self.running_phi, self.num_batches_tracked + 1
-        t = step.to(phi.dtype)
-        cumulative = phi * (t - 1) / t + q / t
-        mean = torch.where(step < self.warmup_iters, cumulative, phi)
-        mean = self.alpha_fwd * mean + (1 - self.alpha_fwd) * q
-        phi.copy_(torch.where(some_token, mean, phi))
-        self.num_batches_tracked.add_(some_token[0])
 
     def extra_repr(self) -> str:
         return (

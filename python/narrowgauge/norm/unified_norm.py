@@ -13,6 +13,7 @@ There are no statistics of single tokens, so in evaluation the layer is an affin
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,36 +29,116 @@ from narrowgauge.norm._channels import (
     channel_squares_op,
     check_count,
     check_fraction,
-    kept_where_no_token,
     mean_over_tokens,
+    over_processes,
 )
 from narrowgauge.norm._reference import compute_dtype
+from narrowgauge.ops import Sample, SampleMaker, operator
 from narrowgauge.ops.autograd import fused_function
 
 # The authors' code does not compare the gradient's scale with the running one before this iteration.
 FIRST_RATIO = 1000
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor, inverse: Tensor, *_: Any) -> Tensor:
-    return channel_affine_op(x, weight.to(inverse.dtype) * inverse, bias.to(inverse.dtype), 0, 0.0)
+def _update_samples(make: SampleMaker) -> Iterator[Sample]:
+    def call(channels: int, window: int, step: int, *, tokens: float = 3.0, outlying: bool = False,
+             filtration: bool = False, backward_window: int = 2) -> tuple[Any, ...]:  # fmt: skip
+        variance, squares = (make(channels).square() + 0.1 for _ in range(2))
+        rows = make(window, channels).square() * 0.01 + 1.0
+        squares = squares * 0.01 + tokens * (1e4 if outlying else 1.0)
+        counters = [torch.tensor(value, device=make.device) for value in (0, step)]
+        count = torch.tensor([tokens], dtype=make.dtype, device=make.device)
+        return (
+            variance, rows, counters[0], squares, count, counters[1], backward_window, 5, 8, filtration, 0.9, 1e-5
+        )  # fmt: skip
+
+    yield Sample(call(17, 4, 1), "during the warm-up")
+    yield Sample(call(600, 3, 9), "smoothed, and more channels than threads")
+    yield Sample(call(17, 4, 9, outlying=True), "an outlier that is not looked for; the ratio is clamped")
+    yield Sample(call(17, 4, 9, outlying=True, filtration=True), "an outlier that is skipped")
+    yield Sample(call(600, 4, 9, filtration=True), "a regular step that is looked at")
+    yield Sample(call(17, 1, 9), "a window of one step")
+    yield Sample(call(17, 4, 9, tokens=0.0), "nothing but padding")
+    yield Sample(call(0, 2, 9, filtration=True), "no channels")
+
+
+@operator(
+    "unified_norm_update_(Tensor(a!) running_var, Tensor(b!) buffer_x2, Tensor(c!) skip_counter, Tensor squares,"
+    " Tensor count, Tensor step, int backward_window, int warmup_iters, int first_ratio, bool outlier_filtration,"
+    " float momentum, float eps) -> (Tensor factors, Tensor decisions)",
+    samples=_update_samples,
+    dtypes=(torch.float32, torch.float64),
+)
+def unified_norm_update_op(
+    running_var: Tensor,
+    buffer_x2: Tensor,
+    skip_counter: Tensor,
+    squares: Tensor,
+    count: Tensor,
+    step: Tensor,
+    backward_window: int,
+    warmup_iters: int,
+    first_ratio: int,
+    outlier_filtration: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """One step of the forward state from sums of x^2 over `count` tokens; without tokens it stays as it is.
+
+    Returns the factors 1 / sqrt(v + eps) and r, the scale of the gradient; and as integers whether the step is skipped,
+    whether the gradient statistic is taken as it is, and the slot of the backward window. `step` is the number of steps
+    before this one.
+    """
+    old, window, t, size = running_var, buffer_x2, step + 1, buffer_x2.shape[0]
+    some_token = count > 0
+    q = torch.where(some_token, squares / count, old)
+    slot = (torch.arange(size, device=window.device) == t % size).unsqueeze(-1)
+    filled = torch.where(slot, q, window)
+    geometric = filled.log().mean(0).exp()
+    outlier = torch.zeros_like(some_token)
+    if outlier_filtration:
+        roots = window.sqrt()
+        variance = (roots - roots.mean()).square().sum() / (roots.numel() - 1)
+        deviating = (filled.mean(0) - geometric > size * variance).any()
+        outlier = deviating & (t >= warmup_iters) & some_token
+    skip = (outlier | (size <= 1)) & some_token
+    warm = (t < warmup_iters) & some_token
+    v = torch.where(warm | skip | (t <= size), q, geometric)
+    v = torch.where(some_token, v, old)
+    ratio = ((v + eps).sqrt() / (old + eps).sqrt()).clamp(0.2, 5.0)
+    ratio = torch.where(skip | (t <= max(first_ratio, warmup_iters)), 1.0, ratio)
+    direct = warm | skip | ((t <= backward_window) & some_token)
+    factors = torch.stack([(v + eps).rsqrt(), ratio])
+    decisions = torch.cat([skip.long(), direct.long(), (t % backward_window).view(1)])
+
+    skip_counter.add_(outlier[0])
+    buffer_x2.copy_(torch.where(some_token, torch.where(slot & outlier, old, filled), window))
+    running_var.copy_(torch.where(some_token, momentum * old + (1 - momentum) * v, old))
+    return factors, decisions
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, factors: Tensor, *_: Any) -> Tensor:
+    return channel_affine_op(x, weight.to(factors.dtype) * factors[0], bias.to(factors.dtype), 0, 0.0)
 
 
 def _setup(ctx: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:
-    x, weight, _, inverse, ratio, skip, direct, slot, some_token, *state = args
-    ctx.save_for_backward(x, weight, inverse, ratio, skip, direct, slot, some_token)
-    ctx.ema_gz, ctx.buffer_gz, ctx.momentum, ctx.group = state
+    x, weight, _, factors, decisions, some_token, ctx.ema_gz, ctx.buffer_gz, ctx.options = args
+    ctx.save_for_backward(x, weight, factors, decisions, some_token)
     return y
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, inverse, ratio, skip, direct, slot, some_token = ctx.saved_tensors
-    ema_gz, buffer_gz, momentum = ctx.ema_gz, ctx.buffer_gz, ctx.momentum
+    x, weight, factors, decisions, some_token = ctx.saved_tensors
+    ema_gz, buffer_gz, momentum = ctx.ema_gz, ctx.buffer_gz, ctx.options.momentum
     dy = dy.contiguous()
-    w = weight.to(inverse.dtype)
+    w = weight.to(factors.dtype)
+    inverse, ratio = factors.unbind()
+    skip, direct = decisions[0] != 0, decisions[1] != 0
+    slot = (torch.arange(buffer_gz.shape[0], device=dy.device) == decisions[2]).unsqueeze(-1)
+
     products, dbias = channel_products_op(dy, x).unbind()
     dweight = ratio * inverse * products
-    c, _ = mean_over_tokens(w * dweight, x.numel() // x.shape[-1], None, ctx.group)  # mean of g * z
-
+    c = mean_over_tokens(w * dweight, x.numel() // x.shape[-1], None, ctx.options.process_group)  # of g * z
     window = torch.where(slot, torch.where(skip, ema_gz, c), buffer_gz)
     m = torch.where(direct, c, window.mean(0))
     ema = momentum * ema_gz + (1 - momentum) * m
@@ -68,15 +149,13 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         s = torch.where(some_token, s, 0.0)
     buffer_gz.copy_(window)
     ema_gz.copy_(ema)
-    dx, _ = channel_backward_op(
-        dy, x, None, w * ratio * inverse, s * inverse.square(), 0, 0.0, False
-    )
+    dx, _ = channel_backward_op(dy, x, None, w * ratio * inverse, s * inverse.square(), 0, 0.0, False)
     _, for_weight, for_bias, *_ = ctx.needs_input_grad
     return (
         dx,
         dweight.to(weight.dtype) if for_weight else None,
         dbias.to(weight.dtype) if for_bias else None,
-        *[None] * 10,
+        *[None] * 6,
     )
 
 
@@ -174,70 +253,42 @@ class UnifiedNorm(TokenBatchNorm):
             return channel_affine(x, scale, self.bias.to(scale.dtype), 0, 0.0)
         self._refuse_recomputation()
         with torch.no_grad():
-            squares = channel_squares_op(x.detach(), padding)
-            q, some_token = mean_over_tokens(
-                squares, x.numel() // self.num_features, padding, self.process_group
-            )
-            statistics = self._update(q, some_token)
+            factors, decisions, some_token = self._update(x.detach(), padding)
         return _train.apply(
-            x,
-            self.weight,
-            self.bias,
-            *statistics,
-            some_token,
-            self.ema_gz,
-            self.buffer_gz,
+            x, self.weight, self.bias, factors, decisions, some_token, self.ema_gz, self.buffer_gz, self
+        )
+
+    def _update(self, x: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One step of the forward state; also whether there was any token (None: there was)."""
+        squares, count = over_processes(
+            channel_squares_op(x, padding), x.numel() // self.num_features, padding, self.process_group
+        )
+        factors, decisions = unified_norm_update_op(
+            self.running_var,
+            self.buffer_x2,
+            self.skip_counter,
+            squares,
+            count,
+            self.num_batches_tracked,
+            self.window_size[1],
+            self.warmup_iters,
+            FIRST_RATIO,
+            self.outlier_filtration,
             self.momentum,
-            self.process_group,
+            self.eps,
         )
-
-    def _update(self, q: Tensor, some_token: Tensor | None) -> tuple[Tensor, ...]:
-        """One step of the forward state.
-
-        Returns 1 / sqrt(v + eps), the gradient's scale r, whether the step is skipped, whether the gradient statistic
-        is taken as it is, and the slot of the backward window (as a mask of its rows).
-        """
-        forward_window, backward_window = self.window_size
-        old, window, step = self.running_var, self.buffer_x2, self.num_batches_tracked + 1
-        q = kept_where_no_token(some_token, q, old)
-        slot = _slot(step, window)
-        filled = torch.where(slot, q, window)
-        geometric = filled.log().mean(0).exp()
-        skip = torch.full_like(step, forward_window <= 1, dtype=torch.bool)
-        if self.outlier_filtration:
-            roots = window.sqrt()
-            variance = (roots - roots.mean()).square().sum() / (roots.numel() - 1)
-            outlier = (filled.mean(0) - geometric > forward_window * variance).any()
-            outlier = outlier & (step >= self.warmup_iters)
-            filled = torch.where(slot & outlier, old, filled)
-            skip = skip | outlier
-            counted = outlier if some_token is None else outlier & some_token[0]
-            self.skip_counter.add_(counted)
-        warm = step < self.warmup_iters
-        v = torch.where(warm | skip | (step <= forward_window), q, geometric)
-        v = kept_where_no_token(some_token, v, old)
-        ratio = ((v + self.eps).sqrt() / (old + self.eps).sqrt()).clamp(0.2, 5.0)
-        ratio = torch.where(skip | (step <= max(FIRST_RATIO, self.warmup_iters)), 1.0, ratio)
-        direct = warm | skip | (step <= backward_window)
-        backward_slot = _slot(step, self.buffer_gz)
-
-        self.running_var.copy_(
-            kept_where_no_token(some_token, self.momentum * old + (1 - self.momentum) * v, old)
-        )
-        self.buffer_x2.copy_(kept_where_no_token(some_token, filled, window))
-        self.num_batches_tracked.add_(1 if some_token is None else some_token[0])
-        return (v + self.eps).rsqrt(), ratio, skip, direct, backward_slot
+        if padding is None and self.process_group is None:
+            self.num_batches_tracked.add_(1)
+            return factors, decisions, None
+        some_token = count > 0
+        self.num_batches_tracked.add_(some_token[0])
+        return factors, decisions, some_token
 
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, window_size={self.window_size}, warmup_iters={self.warmup_iters}, "
             f"outlier_filtration={self.outlier_filtration}, eps={self.eps}, momentum={self.momentum}"
         )
-
-
-def _slot(step: Tensor, window: Tensor) -> Tensor:
-    """Which row of a window belongs to a step, as a mask of shape (window, 1)."""
-    return (torch.arange(window.shape[0], device=window.device) == step % window.shape[0]).unsqueeze(-1)
 
 
 def fold_unified_norm(norm: UnifiedNorm, linear: nn.Linear) -> nn.Linear:
