@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from narrowgauge.norm import _arguments
 from narrowgauge.norm._reference import compute_dtype
-from narrowgauge.ops import Sample, SampleMaker, checks, differentiable, operator
+from narrowgauge.ops import Operator, Sample, SampleMaker, checks, differentiable, operator
 
 
 def _pieces(values: Tensor, groups: int) -> Tensor:
@@ -194,6 +194,14 @@ channel_affine = differentiable(
 # --- statistics ---
 
 
+def update_state(step: Operator, *args: Any) -> Any:
+    """Runs an operator that changes state, and for torch.compile always as the operator.
+
+    Traced through its reference, the backward graph might compute the step's results again, from the changed state.
+    """
+    return step.overload(*args) if torch.compiler.is_compiling() else step(*args)
+
+
 def over_processes(
     sums: Tensor, tokens: int, pad_mask: Tensor | None, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
@@ -281,6 +289,12 @@ class TokenBatchNorm(nn.Module):
                 f"{name}: x has shape {tuple(x.shape)}; expected {layout} or (B, C) with C = {self.num_features} "
                 "(num_features)"
             )
+        if pad_mask is not None and (not isinstance(pad_mask, Tensor) or pad_mask.dtype != torch.bool):
+            given = pad_mask.dtype if isinstance(pad_mask, Tensor) else type(pad_mask).__name__
+            raise TypeError(
+                f"{name}: pad_mask must be a boolean tensor, True for padding, got {given}; "
+                "convert it with pad_mask.bool()"
+            )
         checks.check_same_device(name, "x", x, weight=self.weight, bias=self.bias, pad_mask=pad_mask)
         companions = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
         if parameters.dtype not in companions or self.bias.dtype not in companions:
@@ -290,12 +304,6 @@ class TokenBatchNorm(nn.Module):
             )
         if pad_mask is None:
             return None
-        if not isinstance(pad_mask, Tensor) or pad_mask.dtype != torch.bool:
-            given = pad_mask.dtype if isinstance(pad_mask, Tensor) else type(pad_mask).__name__
-            raise TypeError(
-                f"{name}: pad_mask must be a boolean tensor, True for padding, got {given}; "
-                "convert it with pad_mask.bool()"
-            )
         tokens = tuple(x.shape[:-1])
         if len(tokens) == 1:
             if tuple(pad_mask.shape) not in (tokens, (*tokens, 1)):

@@ -32,9 +32,10 @@ from narrowgauge.norm._channels import (
     check_fraction,
     mean_over_tokens,
     over_processes,
+    update_state,
 )
 from narrowgauge.norm._reference import compute_dtype
-from narrowgauge.ops import Sample, SampleMaker, checks, operator
+from narrowgauge.ops import Sample, SampleMaker, checks, operator, system
 from narrowgauge.ops.autograd import fused_function
 
 
@@ -162,8 +163,8 @@ def _forward(
     scale = (running_phi + eps).rsqrt() * w
     squares = power_norm_forward_op(y, x, pad_mask, scale, b, steady, groups, eps)
     squares, count = over_processes(squares, x.numel() // x.shape[-1], pad_mask, group)
-    factors = power_norm_update_op(
-        running_phi, squares, count, num_batches_tracked, warmup, options.alpha_fwd, eps
+    factors = update_state(
+        power_norm_update_op, running_phi, squares, count, num_batches_tracked, warmup, options.alpha_fwd, eps
     )
     power_norm_warm_up_op(y, x, factors[0] * w, b, steady, groups, eps)
     if pad_mask is None and group is None:
@@ -319,3 +320,21 @@ class PowerNorm(TokenBatchNorm):
             f"warmup_iters={self.warmup_iters}, num_groups={self.num_groups}, batch_first={self.batch_first}, "
             f"backward_scale={self.backward_scale!r}, exclude_pad_grad={self.exclude_pad_grad}"
         )
+
+
+system(
+    "power_norm",
+    title="PowerNorm",
+    source="arXiv 2003.07845",
+    page="norm/powernorm.md",
+    modules=("PowerNorm",),
+    operators=(
+        "channel_affine",
+        "channel_backward",
+        "power_norm_forward_",
+        "power_norm_update_",
+        "power_norm_warm_up_",
+    ),
+    golden=("powernorm",),
+    bench=("power_norm",),
+)

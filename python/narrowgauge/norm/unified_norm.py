@@ -31,9 +31,10 @@ from narrowgauge.norm._channels import (
     check_fraction,
     mean_over_tokens,
     over_processes,
+    update_state,
 )
 from narrowgauge.norm._reference import compute_dtype
-from narrowgauge.ops import Sample, SampleMaker, operator
+from narrowgauge.ops import Sample, SampleMaker, operator, system
 from narrowgauge.ops.autograd import fused_function
 
 # The authors' code does not compare the gradient's scale with the running one before this iteration.
@@ -263,7 +264,8 @@ class UnifiedNorm(TokenBatchNorm):
         squares, count = over_processes(
             channel_squares_op(x, padding), x.numel() // self.num_features, padding, self.process_group
         )
-        factors, decisions = unified_norm_update_op(
+        factors, decisions = update_state(
+            unified_norm_update_op,
             self.running_var,
             self.buffer_x2,
             self.skip_counter,
@@ -327,3 +329,22 @@ def fold_unified_norm(norm: UnifiedNorm, linear: nn.Linear) -> nn.Linear:
         folded.weight.copy_(weight * scale)
         folded.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=linear.weight.requires_grad)
     return folded
+
+
+system(
+    "unified_norm",
+    title="Unified Normalization",
+    source="arXiv 2208.01313",
+    page="norm/unified.md",
+    functions=("fold_unified_norm",),
+    modules=("UnifiedNorm",),
+    operators=(
+        "channel_affine",
+        "channel_backward",
+        "channel_products",
+        "channel_squares",
+        "unified_norm_update_",
+    ),
+    golden=("unified_normalization",),
+    bench=("unified_norm",),
+)
