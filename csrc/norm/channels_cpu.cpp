@@ -1,7 +1,8 @@
 // CPU kernels of the passes over tokens behind PowerNorm and UnifiedNorm.
 //
-// A token's piece of channels stays in the first-level cache between the sum of its squares and its use, and
-// so does the row of partial sums that a chunk of tokens adds to.
+// A token stays in the first-level cache between the sums over its groups and their use, and so does the row of
+// partial sums that a chunk of tokens adds to. Each step is done for all groups of a token before the next:
+// groups do not wait for each other, the end of a sum, a root and a quotient would.
 #include <cmath>
 #include <type_traits>
 
@@ -11,19 +12,25 @@
 NG_NAMESPACE_BEGIN
 namespace {
 
+// 1 / sqrt(mean(x^2) + eps) of each group of a token.
 template <class A, class X>
-A group_rstd(const X* x, int64_t length, double eps) {
-    const A squares = sum_row<A>(
-        length,
-        [=](int64_t j) {
-            const auto v = load_pack(x + j);
-            return v * v;
-        },
-        [=](int64_t j) {
-            const A v = to_compute(x[j]);
-            return v * v;
-        });
-    return A(1) / std::sqrt(squares / static_cast<A>(length) + static_cast<A>(eps));
+void group_rstd(const X* token, int64_t groups, int64_t length, double eps, A* rstd) {
+    for (int64_t g = 0; g < groups; ++g) {
+        const X* x = token + g * length;
+        rstd[g] = sum_row<A>(
+            length,
+            [=](int64_t j) {
+                const auto v = load_pack(x + j);
+                return v * v;
+            },
+            [=](int64_t j) {
+                const A v = to_compute(x[j]);
+                return v * v;
+            });
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+        rstd[g] = A(1) / std::sqrt(rstd[g] / static_cast<A>(length) + static_cast<A>(eps));
+    }
 }
 
 // One piece of one token.
@@ -46,7 +53,10 @@ void forward_piece(const X* x, A rstd, const A* scale, const A* bias, X* y, A* s
 template <class X>
 void forward_chunks(const ChannelForward& args, int64_t begin, int64_t end) {
     using A = compute_t<X>;
-    const int64_t columns = args.columns, length = args.groups > 0 ? columns / args.groups : columns;
+    const int64_t columns = args.columns, groups = args.groups > 0 ? args.groups : 1;
+    const int64_t length = columns / groups;
+    Scratch<A> rstd(groups);
+    rstd.get()[0] = 1;
     const auto* pad_mask = static_cast<const uint8_t*>(args.pad_mask);
     const auto* condition = static_cast<const uint8_t*>(args.condition);
     const bool write = args.y != nullptr && (condition == nullptr || (*condition != 0) == args.wanted);
@@ -63,16 +73,17 @@ void forward_chunks(const ChannelForward& args, int64_t begin, int64_t end) {
             if (!sum && !write) continue;
             const X* x = row_of<X>(args.x, row, columns);
             X* y = write ? row_of<X>(args.y, row, columns) : nullptr;
-            for (int64_t j = 0; j < columns; j += length) {
-                const A rstd = args.groups > 0 ? group_rstd<A>(x + j, length, args.eps) : A(1);
+            if (args.groups > 0) group_rstd(x, groups, length, args.eps, rstd.get());
+            for (int64_t g = 0; g < groups; ++g) {
+                const int64_t j = g * length;
+                const A r = rstd.get()[g];
                 if (write && sum) {
-                    forward_piece<A, X, true, true>(x + j, rstd, scale + j, bias + j, y + j, squares + j,
+                    forward_piece<A, X, true, true>(x + j, r, scale + j, bias + j, y + j, squares + j,
                                                     length);
                 } else if (write) {
-                    forward_piece<A, X, true, false>(x + j, rstd, scale + j, bias + j, y + j, nullptr,
-                                                     length);
+                    forward_piece<A, X, true, false>(x + j, r, scale + j, bias + j, y + j, nullptr, length);
                 } else {
-                    forward_piece<A, X, false, true>(x + j, rstd, nullptr, nullptr, nullptr, squares + j,
+                    forward_piece<A, X, false, true>(x + j, r, nullptr, nullptr, nullptr, squares + j,
                                                      length);
                 }
             }
@@ -102,24 +113,26 @@ struct BackwardPiece {
         return value;
     }
 
-    template <bool Projected, bool Grouped, bool Write, bool Sum>
-    void run(double eps) const {
+    // mean(du * u)
+    template <bool Projected>
+    A mean_dot(A rstd) const {
         const BackwardPiece p = *this;
-        A rstd = 1, mean_dot = 0;
-        if constexpr (Grouped) {
-            rstd = group_rstd<A>(x, length, eps);
-            const A dot = sum_row<A>(
-                length,
-                [=](int64_t j) {
-                    const auto u = load_pack(p.x + j) * rstd;
-                    return p.template du<Projected>(j, load_pack(p.dy + j), u, std::true_type{}) * u;
-                },
-                [=](int64_t j) {
-                    const A u = to_compute(p.x[j]) * rstd;
-                    return p.template du<Projected>(j, A(to_compute(p.dy[j])), u, std::false_type{}) * u;
-                });
-            mean_dot = dot / static_cast<A>(length);
-        }
+        const A dot = sum_row<A>(
+            length,
+            [=](int64_t j) {
+                const auto u = load_pack(p.x + j) * rstd;
+                return p.template du<Projected>(j, load_pack(p.dy + j), u, std::true_type{}) * u;
+            },
+            [=](int64_t j) {
+                const A u = to_compute(p.x[j]) * rstd;
+                return p.template du<Projected>(j, A(to_compute(p.dy[j])), u, std::false_type{}) * u;
+            });
+        return dot / static_cast<A>(length);
+    }
+
+    template <bool Projected, bool Grouped, bool Write, bool Sum>
+    void run(A rstd, A mean_dot) const {
+        const BackwardPiece p = *this;
         for_row<A>(
             length,
             [=](int64_t j) {
@@ -155,7 +168,10 @@ struct BackwardPiece {
 template <class X, bool Projected, bool Grouped, bool Write, bool Sum>
 void backward_chunks(const ChannelBackward& args, int64_t begin, int64_t end) {
     using A = compute_t<X>;
-    const int64_t columns = args.columns, length = Grouped ? columns / args.groups : columns;
+    const int64_t columns = args.columns, groups = Grouped ? args.groups : 1, length = columns / groups;
+    Scratch<A> rstd(groups), mean_dot(groups);
+    rstd.get()[0] = 1;
+    mean_dot.get()[0] = 0;
     const int64_t terms = channel_terms(args.groups);
     const auto* pad_mask = static_cast<const uint8_t*>(args.pad_mask);
 
@@ -170,7 +186,7 @@ void backward_chunks(const ChannelBackward& args, int64_t begin, int64_t end) {
                 continue;
             }
             const X *dy = row_of<X>(args.dy, row, columns), *x = row_of<X>(args.x, row, columns);
-            for (int64_t j = 0; j < columns; j += length) {
+            const auto piece_of = [&](int64_t j) {
                 BackwardPiece<A, X> piece{};
                 piece.dy = dy + j;
                 piece.x = x + j;
@@ -185,7 +201,17 @@ void backward_chunks(const ChannelBackward& args, int64_t begin, int64_t end) {
                     if constexpr (Grouped) piece.squares = sums + 2 * columns + j;
                 }
                 piece.length = length;
-                piece.template run<Projected, Grouped, Write, Sum>(args.eps);
+                return piece;
+            };
+            if constexpr (Grouped) {
+                group_rstd(x, groups, length, args.eps, rstd.get());
+                for (int64_t g = 0; g < groups; ++g) {
+                    mean_dot.get()[g] = piece_of(g * length).template mean_dot<Projected>(rstd.get()[g]);
+                }
+            }
+            for (int64_t g = 0; g < groups; ++g) {
+                piece_of(g * length)
+                    .template run<Projected, Grouped, Write, Sum>(rstd.get()[g], mean_dot.get()[g]);
             }
         }
     }
