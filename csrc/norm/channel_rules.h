@@ -9,10 +9,11 @@ NG_NAMESPACE_BEGIN
 
 template <class A>
 struct PowerNormStep {
-    A squares, phi;          // in
-    A z_factor, q_factor;    // out: of u in z, and 1 / sqrt(q + eps)
+    A squares, phi;        // in
+    A z_factor, q_factor;  // out: of u in z, and 1 / sqrt(q + eps)
 
-    // t counts from 1, and rest is 1 - alpha. With no token the statistics in use are the running ones, and these stay.
+    // t counts from 1, and rest is 1 - alpha. With no token the statistics in use are the running ones, and
+    // these stay.
     NG_HOST_DEVICE void run(A count, int64_t t, int64_t warmup, A alpha, A rest, A eps) {
         const A q = count > 0 ? squares / count : phi;
         q_factor = A(1) / std::sqrt(q + eps);
@@ -38,8 +39,8 @@ struct UnifiedNormPhase {
 
 template <class A>
 struct UnifiedNormStep {
-    A q, variance;          // in
-    A inverse, ratio;       // out: 1 / sqrt(v + eps), and the scale of the gradient
+    A q, variance;            // in
+    A inverse, ratio;         // out: 1 / sqrt(v + eps), and the scale of the gradient
     A arithmetic, geometric;  // means of the window with q in its slot
 
     template <class Window>  // Window(k): the entry of this channel in row k

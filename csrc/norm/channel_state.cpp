@@ -64,7 +64,8 @@ std::tuple<Tensor, Tensor> unified_norm_update_(const Tensor& running_var, const
                                                 bool filtration, double momentum, double eps) {
     const int64_t channels = check_first(running_var, "running_var", momentum, eps);
     check_layout(buffer_x2, running_var, "buffer_x2");
-    NG_CHECK(buffer_x2.dim() == 2 && buffer_x2.size(0) >= 1, "buffer_x2 must have a row for each step of the window");
+    NG_CHECK(buffer_x2.dim() == 2 && buffer_x2.size(0) >= 1,
+             "buffer_x2 must have a row for each step of the window");
     const int64_t window = buffer_x2.size(0);
     check_state(buffer_x2, "buffer_x2", running_var, window * channels);
     NG_CHECK(backward_window >= 1, "backward_window must be at least 1, got ", backward_window);

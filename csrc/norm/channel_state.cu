@@ -1,5 +1,5 @@
-// CUDA kernels of the steps that PowerNorm and UnifiedNorm make between their passes over tokens: a thread for
-// each channel, and a single block where channels decide together.
+// CUDA kernels of the steps that PowerNorm and UnifiedNorm make between their passes over tokens: a thread
+// for each channel, and a single block where channels decide together.
 #include "common/reduce.cuh"
 #include "norm/channel_rules.h"
 

@@ -1,5 +1,5 @@
-// Arguments of the steps that PowerNorm and UnifiedNorm make between their passes over tokens: one element per
-// channel, everything decided on the device. All vectors are float, or double.
+// Arguments of the steps that PowerNorm and UnifiedNorm make between their passes over tokens: one element
+// per channel, everything decided on the device. All vectors are float, or double.
 #pragma once
 
 #include "common/cpu.h"

@@ -9,9 +9,7 @@
 namespace narrowgauge {
 namespace {
 
-DType statistics_of(const Tensor& x) {
-    return dtype(x) == DType::float64 ? DType::float64 : DType::float32;
-}
+DType statistics_of(const Tensor& x) { return dtype(x) == DType::float64 ? DType::float64 : DType::float32; }
 
 void check_channels(const OptionalTensor& vector, const char* name, const Tensor& x, int64_t columns) {
     if (!vector) return;
@@ -22,8 +20,7 @@ void check_channels(const OptionalTensor& vector, const char* name, const Tensor
 
 void check_beside(const Tensor& tensor, const char* name, const Tensor& x) {
     check_layout(tensor, x, name);
-    NG_CHECK(same_sizes(tensor, x) && dtype(tensor) == dtype(x), name,
-             " must have the shape and dtype of x");
+    NG_CHECK(same_sizes(tensor, x) && dtype(tensor) == dtype(x), name, " must have the shape and dtype of x");
 }
 
 void check_mask(const OptionalTensor& mask, const Tensor& x, int64_t rows) {
@@ -46,7 +43,7 @@ int64_t chunks_of(int64_t rows) { return std::clamp<int64_t>(rows / 16, 1, 64); 
 
 // Runs the pass; `partial` is where its arguments want the partial sums, which become `sums`.
 template <class Arguments, class Kernel>
-void run(Arguments& args, void* Arguments::*partial, const OptionalTensor& sums, int64_t terms,
+void run(Arguments& args, void* Arguments::* partial, const OptionalTensor& sums, int64_t terms,
          const Tensor& x, [[maybe_unused]] Kernel kernel) {
     if (args.columns == 0) return;
 #if NARROWGAUGE_CPU

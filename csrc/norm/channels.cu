@@ -44,7 +44,8 @@ HowToRun how_to_run(const ChannelForward& args) {
 
 HowToRun how_to_run(const ChannelBackward& args) {
     return how_to_run(args.rows, args.columns, args.groups, args.x_type,
-                      {args.dy, args.x, args.scale, args.projection, args.dx}, [](int64_t vectors, int width) {
+                      {args.dy, args.x, args.scale, args.projection, args.dx},
+                      [](int64_t vectors, int width) {
                           return width == narrow_width ? plan_for(narrow_backward_plans, vectors)
                                                        : plan_for(backward_plans, vectors);
                       });

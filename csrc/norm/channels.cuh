@@ -1,10 +1,10 @@
 // CUDA kernels of the passes over tokens behind PowerNorm and UnifiedNorm.
 //
-// A block works on one piece of the channels: with groups a group, whose mean of squares its threads share; without
-// a tile of 32 vectors, with nothing to share. The groups of threads of all blocks for a piece walk over the tokens,
-// and keep sums over them in registers until the end; a piece too long for that (Vectors = 0) adds to its own row of
-// the partial buffer in memory. Bytes per element of x, which has b: forward b read + b written (b read for sums
-// alone), backward 2 b read + b written (2 b read for sums alone).
+// A block works on one piece of the channels: with groups a group, whose mean of squares its threads share;
+// without a tile of 32 vectors, with nothing to share. The groups of threads of all blocks for a piece walk
+// over the tokens, and keep sums over them in registers until the end; a piece too long for that (Vectors =
+// 0) adds to its own row of the partial buffer in memory. Bytes per element of x, which has b: forward b read
+// + b written (b read for sums alone), backward 2 b read + b written (2 b read for sums alone).
 #pragma once
 
 #include "common/row.cuh"
@@ -36,7 +36,8 @@ struct ChannelSums {
     A held[Terms][in_registers ? Vectors : 1][Width] = {};
     Global<A> partial;
     Global<const A> partial_so_far;
-    int64_t columns, first;  // of this chunk's row of the partial buffer: term t of column j is at first + t * columns + j
+    int64_t columns,
+        first;  // of this chunk's row of the partial buffer: term t of column j is at first + t * columns + j
 
     __device__ __forceinline__ ChannelSums(void* raw, const PieceOfBlock& piece, int64_t columns_)
         : partial(global<A>(raw, "partial sums")),

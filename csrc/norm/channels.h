@@ -4,8 +4,8 @@
 //     u = x / sqrt(mean(x^2) + eps)    the mean over each of `groups` equal pieces of a token's channels
 //
 // Tokens are contiguous rows. Vectors of one element per channel, and sums, are float (double for double).
-// Each of `chunks` sets of tokens is summed into one row of the partial buffer; partial_sums.h adds these. The
-// cut depends on the shape alone.
+// Each of `chunks` sets of tokens is summed into one row of the partial buffer; partial_sums.h adds these.
+// The cut depends on the shape alone.
 #pragma once
 
 #include "common/cpu.h"

@@ -1,8 +1,8 @@
 // CPU kernels of the passes over tokens behind PowerNorm and UnifiedNorm.
 //
-// A token stays in the first-level cache between the sums over its groups and their use, and so does the row of
-// partial sums that a chunk of tokens adds to. Each step is done for all groups of a token before the next:
-// groups do not wait for each other, the end of a sum, a root and a quotient would.
+// A token stays in the first-level cache between the sums over its groups and their use, and so does the row
+// of partial sums that a chunk of tokens adds to. Each step is done for all groups of a token before the
+// next: groups do not wait for each other, the end of a sum, a root and a quotient would.
 #include <cmath>
 #include <type_traits>
 

@@ -170,7 +170,9 @@ def test_narrow_inputs_have_wide_state(
             tolerance = 4 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 2e-6
             for actual, truth in ((y, expected), (ours.grad, theirs.grad)):
                 limit = tolerance * truth.abs().max().item()
-                torch.testing.assert_close(actual.detach().double(), truth.detach(), rtol=tolerance, atol=limit)
+                torch.testing.assert_close(
+                    actual.detach().double(), truth.detach(), rtol=tolerance, atol=limit
+                )
     for name, buffer in norm.named_buffers():
         if buffer.is_floating_point():
             assert buffer.dtype == torch.float32, name
@@ -231,7 +233,9 @@ def test_recomputation_is_refused(make: Callable[..., Norm]) -> None:
         x = random(5, 3, 8).requires_grad_()
         y = checkpoint(norm, x, use_reentrant=reentrant)
         before = state(norm)
-        with pytest.raises(RuntimeError, match="called during a backward pass, as activation checkpointing does"):
+        with pytest.raises(
+            RuntimeError, match="called during a backward pass, as activation checkpointing does"
+        ):
             y.sum().backward()
         assert_same_state(norm, before)
         norm.eval()

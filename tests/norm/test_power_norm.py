@@ -86,9 +86,7 @@ OPTIONS: list[dict[str, Any]] = [
 def test_steps_across_the_end_of_the_warm_up(
     channels: int, groups: int, options: dict[str, Any], masked: bool, backend: ng.ops.library.Backend
 ) -> None:
-    norm = PowerNorm(
-        channels, num_groups=groups, **{"warmup_iters": 2, **options}, dtype=torch.float64
-    )
+    norm = PowerNorm(channels, num_groups=groups, **{"warmup_iters": 2, **options}, dtype=torch.float64)
     with torch.no_grad():
         norm.weight.copy_(random(channels, seed=1))
         norm.bias.copy_(random(channels, seed=2))

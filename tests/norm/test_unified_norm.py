@@ -15,9 +15,9 @@ import narrowgauge as ng
 from narrowgauge.nn import UnifiedNorm
 from narrowgauge.nn.functional import fold_unified_norm
 
-STATE = {
-    name: name for name in ("running_var", "ema_gz", "buffer_x2", "buffer_gz", "skip_counter")
-} | {"iters": "num_batches_tracked"}
+STATE = {name: name for name in ("running_var", "ema_gz", "buffer_x2", "buffer_gz", "skip_counter")} | {
+    "iters": "num_batches_tracked"
+}
 
 
 @each_backend
@@ -140,7 +140,9 @@ def test_a_window_of_one_step_has_the_gradient_of_autograd() -> None:
 
 def skips(filtration: bool, scales: list[float]) -> int:
     norm = UnifiedNorm(16, 4, 4, filtration, dtype=torch.float64)
-    channels = torch.linspace(0.5, 2.0, 16, dtype=torch.float64)  # their spread is what the threshold measures
+    channels = torch.linspace(
+        0.5, 2.0, 16, dtype=torch.float64
+    )  # their spread is what the threshold measures
     for step, scale in enumerate(scales):
         norm(random(8, 16, 16, seed=step) * channels * scale)
     return int(norm.skip_counter)

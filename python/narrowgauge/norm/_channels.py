@@ -147,7 +147,7 @@ def channel_backward_op(
     eps: float,
     sums: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x from du = dy * scale - u * projection, and sums over tokens: of dy * u, dy and, with groups, u^2.
+    """The gradient of x from du = dy * scale - u * projection; sums over tokens of dy * u, dy and, with groups, u^2.
 
     Tokens that pad_mask marks get no gradient and enter no sum.
     """
@@ -164,11 +164,8 @@ def channel_backward_op(
     if pad_mask is not None:
         dx = dx.masked_fill(pad_mask.view(*x.shape[:-1], 1), 0.0)
     terms = [g * u, g, u.square()] if groups else [g * u, g]
-    if sums:
-        results = torch.stack([_sum_over_tokens(term, pad_mask) for term in terms])
-    else:
-        results = u.new_empty(0, x.shape[-1])
-    return dx.to(x.dtype, copy=True).contiguous(), results
+    results = [_sum_over_tokens(term, pad_mask) for term in terms]
+    return dx.to(x.dtype, copy=True).contiguous(), torch.stack(results)[: len(terms) if sums else 0].clone()
 
 
 def _setup_affine(ctx: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:
@@ -209,10 +206,9 @@ def over_processes(
 
     One all-reduce; none without a group.
     """
-    if pad_mask is None:
-        count = sums.new_full((1,), tokens)
-    else:
-        count = (tokens - pad_mask.sum()).to(sums.dtype).view(1)
+    count = sums.new_full((1,), tokens)
+    if pad_mask is not None:
+        count = count - pad_mask.sum()
     if group is None:
         return sums, count
     both = torch.cat([sums, count])

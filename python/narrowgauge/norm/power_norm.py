@@ -66,8 +66,8 @@ def _forward_samples(make: SampleMaker) -> Iterator[Sample]:
 
 
 @operator(
-    "power_norm_forward_(Tensor(a!) y, Tensor x, Tensor? pad_mask, Tensor scale, Tensor bias, Tensor steady, int groups,"
-    " float eps) -> Tensor squares",
+    "power_norm_forward_(Tensor(a!) y, Tensor x, Tensor? pad_mask, Tensor scale, Tensor bias, Tensor steady,"
+    " int groups, float eps) -> Tensor squares",
     samples=_forward_samples,
 )
 def power_norm_forward_op(
@@ -93,7 +93,8 @@ def _warm_up_samples(make: SampleMaker) -> Iterator[Sample]:
 
 
 @operator(
-    "power_norm_warm_up_(Tensor(a!) y, Tensor x, Tensor scale, Tensor bias, Tensor steady, int groups, float eps) -> ()",
+    "power_norm_warm_up_(Tensor(a!) y, Tensor x, Tensor scale, Tensor bias, Tensor steady, int groups, float eps)"
+    " -> ()",
     samples=_warm_up_samples,
 )
 def power_norm_warm_up_op(
@@ -178,9 +179,7 @@ def _forward(
 def _setup(ctx: Any, args: tuple[Any, ...], results: tuple[Any, ...]) -> Tensor:
     x, weight, _, pad_mask, _, _, ctx.ema_gz, ctx.options = args
     y, factors, some_token = results
-    ctx.save_for_backward(
-        x, weight, pad_mask if ctx.options.exclude_pad_grad else None, factors, some_token
-    )
+    ctx.save_for_backward(x, weight, pad_mask if ctx.options.exclude_pad_grad else None, factors, some_token)
     return y
 
 
@@ -231,13 +230,13 @@ class PowerNorm(TokenBatchNorm):
             is. Default False.
         backward_scale: Divisor of the gradient: ``"batch"`` (default) by the statistics of the batch also after the
             warm-up, as in the authors' code; ``"running"`` by those that the forward pass divided by.
-        exclude_pad_grad: Keep padding out of the gradient and its statistics too. Default False, as in the authors' code.
+        exclude_pad_grad: Keep padding out of the gradient and its statistics too. Default False, as the authors' code.
         process_group: Processes over whose batches statistics are taken together, one all-reduce in the forward and one
             in the backward pass. Default None: each process its own.
         device, dtype: Of the parameters. State is float32, or float64 for float64.
 
-    Buffers: ``running_phi`` and ``ema_gz`` of shape (C,), and ``num_batches_tracked``. Each training forward updates the
-    first and the last, each backward pass the second.
+    Buffers: ``running_phi`` and ``ema_gz`` of shape (C,), and ``num_batches_tracked``. Each training forward updates
+    the first and the last, each backward pass the second.
 
     Source: arXiv 2003.07845. The gradient is the method's own approximation at every step.
     """
