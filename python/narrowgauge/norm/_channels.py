@@ -53,7 +53,7 @@ SHAPES = (
     ((0, 8), 2, "no tokens"),
     ((70, 129), 3, "enough rows for several partial sums, odd groups"),
 )
-LONG = ((2, 1028), 1, "longer than one warp's registers")
+LONG = ((2, 2052), 1, "longer than one warp's registers, and than a block's where it is not aligned")
 
 
 def _wide(make: SampleMaker) -> torch.dtype:
