@@ -33,21 +33,28 @@ void group_rstd(const X* token, int64_t groups, int64_t length, double eps, A* r
     }
 }
 
-// One piece of one token.
+// One token; all of its groups in one loop, so that what the loop needs is set up once.
 template <class A, class X, bool Write, bool Sum>
-void forward_piece(const X* x, A rstd, const A* scale, const A* bias, X* y, A* squares, int64_t length) {
-    for_row<A>(
-        length,
-        [=](int64_t j) {
-            const auto u = load_pack(x + j) * rstd;
-            if constexpr (Write) store_pack(y + j, u * load_pack(scale + j) + load_pack(bias + j));
-            if constexpr (Sum) store_pack(squares + j, load_pack(squares + j) + u * u);
-        },
-        [=](int64_t j) {
-            const A u = to_compute(x[j]) * rstd;
-            if constexpr (Write) y[j] = from_compute<X>(u * scale[j] + bias[j]);
-            if constexpr (Sum) squares[j] += u * u;
-        });
+void forward_token(const X* x, const A* rstd, int64_t groups, int64_t length, const A* scale, const A* bias,
+                   X* y, A* squares) {
+    for (int64_t g = 0; g < groups; ++g) {
+        const int64_t first = g * length;
+        const A r = rstd[g];
+        for_row<A>(
+            length,
+            [=](int64_t i) {
+                const int64_t j = first + i;
+                const auto u = load_pack(x + j) * r;
+                if constexpr (Write) store_pack(y + j, u * load_pack(scale + j) + load_pack(bias + j));
+                if constexpr (Sum) store_pack(squares + j, load_pack(squares + j) + u * u);
+            },
+            [=](int64_t i) {
+                const int64_t j = first + i;
+                const A u = to_compute(x[j]) * r;
+                if constexpr (Write) y[j] = from_compute<X>(u * scale[j] + bias[j]);
+                if constexpr (Sum) squares[j] += u * u;
+            });
+    }
 }
 
 template <class X>
@@ -74,94 +81,101 @@ void forward_chunks(const ChannelForward& args, int64_t begin, int64_t end) {
             const X* x = row_of<X>(args.x, row, columns);
             X* y = write ? row_of<X>(args.y, row, columns) : nullptr;
             if (args.groups > 0) group_rstd(x, groups, length, args.eps, rstd.get());
-            for (int64_t g = 0; g < groups; ++g) {
-                const int64_t j = g * length;
-                const A r = rstd.get()[g];
-                if (write && sum) {
-                    forward_piece<A, X, true, true>(x + j, r, scale + j, bias + j, y + j, squares + j,
-                                                    length);
-                } else if (write) {
-                    forward_piece<A, X, true, false>(x + j, r, scale + j, bias + j, y + j, nullptr, length);
-                } else {
-                    forward_piece<A, X, false, true>(x + j, r, nullptr, nullptr, nullptr, squares + j,
-                                                     length);
-                }
+            if (write && sum) {
+                forward_token<A, X, true, true>(x, rstd.get(), groups, length, scale, bias, y, squares);
+            } else if (write) {
+                forward_token<A, X, true, false>(x, rstd.get(), groups, length, scale, bias, y, nullptr);
+            } else {
+                forward_token<A, X, false, true>(x, rstd.get(), groups, length, nullptr, nullptr, nullptr,
+                                                 squares);
             }
         }
     }
 }
 
-// What one piece of one token needs; a null projection counts as zeros.
+// What one token needs.
 template <class A, class X>
-struct BackwardPiece {
+struct BackwardToken {
     const X *dy, *x;
     const A *scale, *projection;
     X* dx;
     A *products, *totals, *squares;
-    int64_t length;
+    int64_t groups, length;
 
-    template <bool Projected, class G, class U>
-    NG_HOST_DEVICE auto du(int64_t j, G g, U u, std::true_type /*pack*/) const {
+    template <bool Projected>
+    NG_HOST_DEVICE auto du(int64_t j, typename Simd<A>::Pack g, typename Simd<A>::Pack u) const {
         auto value = g * load_pack(scale + j);
         if constexpr (Projected) value -= u * load_pack(projection + j);
         return value;
     }
-    template <bool Projected, class G, class U>
-    NG_HOST_DEVICE auto du(int64_t j, G g, U u, std::false_type) const {
-        auto value = g * scale[j];
+    template <bool Projected>
+    NG_HOST_DEVICE A du(int64_t j, A g, A u) const {
+        A value = g * scale[j];
         if constexpr (Projected) value -= u * projection[j];
         return value;
     }
 
-    // mean(du * u)
+    // mean(du * u) of each group
     template <bool Projected>
-    A mean_dot(A rstd) const {
-        const BackwardPiece p = *this;
-        const A dot = sum_row<A>(
-            length,
-            [=](int64_t j) {
-                const auto u = load_pack(p.x + j) * rstd;
-                return p.template du<Projected>(j, load_pack(p.dy + j), u, std::true_type{}) * u;
-            },
-            [=](int64_t j) {
-                const A u = to_compute(p.x[j]) * rstd;
-                return p.template du<Projected>(j, A(to_compute(p.dy[j])), u, std::false_type{}) * u;
-            });
-        return dot / static_cast<A>(length);
+    void mean_dots(const A* rstd, A* dots) const {
+        const BackwardToken t = *this;
+        for (int64_t g = 0; g < groups; ++g) {
+            const int64_t first = g * length;
+            const A r = rstd[g];
+            dots[g] = sum_row<A>(
+                          length,
+                          [=](int64_t i) {
+                              const int64_t j = first + i;
+                              const auto u = load_pack(t.x + j) * r;
+                              return t.template du<Projected>(j, load_pack(t.dy + j), u) * u;
+                          },
+                          [=](int64_t i) {
+                              const int64_t j = first + i;
+                              const A u = to_compute(t.x[j]) * r;
+                              return t.template du<Projected>(j, A(to_compute(t.dy[j])), u) * u;
+                          }) /
+                      static_cast<A>(length);
+        }
     }
 
     template <bool Projected, bool Grouped, bool Write, bool Sum>
-    void run(A rstd, A mean_dot) const {
-        const BackwardPiece p = *this;
-        for_row<A>(
-            length,
-            [=](int64_t j) {
-                const auto g = load_pack(p.dy + j);
-                const auto u = load_pack(p.x + j) * rstd;
-                if constexpr (Write) {
-                    auto d = p.template du<Projected>(j, g, u, std::true_type{});
-                    if constexpr (Grouped) d = (d - u * mean_dot) * rstd;
-                    store_pack(p.dx + j, d);
-                }
-                if constexpr (Sum) {
-                    store_pack(p.products + j, load_pack(p.products + j) + g * u);
-                    store_pack(p.totals + j, load_pack(p.totals + j) + g);
-                    if constexpr (Grouped) store_pack(p.squares + j, load_pack(p.squares + j) + u * u);
-                }
-            },
-            [=](int64_t j) {
-                const A g = to_compute(p.dy[j]), u = to_compute(p.x[j]) * rstd;
-                if constexpr (Write) {
-                    A d = p.template du<Projected>(j, g, u, std::false_type{});
-                    if constexpr (Grouped) d = (d - u * mean_dot) * rstd;
-                    p.dx[j] = from_compute<X>(d);
-                }
-                if constexpr (Sum) {
-                    p.products[j] += g * u;
-                    p.totals[j] += g;
-                    if constexpr (Grouped) p.squares[j] += u * u;
-                }
-            });
+    void run(const A* rstd, const A* dots) const {
+        const BackwardToken t = *this;
+        for (int64_t g = 0; g < groups; ++g) {
+            const int64_t first = g * length;
+            const A r = rstd[g], dot = dots[g];
+            for_row<A>(
+                length,
+                [=](int64_t i) {
+                    const int64_t j = first + i;
+                    const auto dy = load_pack(t.dy + j);
+                    const auto u = load_pack(t.x + j) * r;
+                    if constexpr (Write) {
+                        auto d = t.template du<Projected>(j, dy, u);
+                        if constexpr (Grouped) d = (d - u * dot) * r;
+                        store_pack(t.dx + j, d);
+                    }
+                    if constexpr (Sum) {
+                        store_pack(t.products + j, load_pack(t.products + j) + dy * u);
+                        store_pack(t.totals + j, load_pack(t.totals + j) + dy);
+                        if constexpr (Grouped) store_pack(t.squares + j, load_pack(t.squares + j) + u * u);
+                    }
+                },
+                [=](int64_t i) {
+                    const int64_t j = first + i;
+                    const A dy = to_compute(t.dy[j]), u = to_compute(t.x[j]) * r;
+                    if constexpr (Write) {
+                        A d = t.template du<Projected>(j, dy, u);
+                        if constexpr (Grouped) d = (d - u * dot) * r;
+                        t.dx[j] = from_compute<X>(d);
+                    }
+                    if constexpr (Sum) {
+                        t.products[j] += dy * u;
+                        t.totals[j] += dy;
+                        if constexpr (Grouped) t.squares[j] += u * u;
+                    }
+                });
+        }
     }
 };
 
@@ -169,50 +183,39 @@ template <class X, bool Projected, bool Grouped, bool Write, bool Sum>
 void backward_chunks(const ChannelBackward& args, int64_t begin, int64_t end) {
     using A = compute_t<X>;
     const int64_t columns = args.columns, groups = Grouped ? args.groups : 1, length = columns / groups;
-    Scratch<A> rstd(groups), mean_dot(groups);
+    Scratch<A> rstd(groups), dots(groups);
     rstd.get()[0] = 1;
-    mean_dot.get()[0] = 0;
+    dots.get()[0] = 0;
     const int64_t terms = channel_terms(args.groups);
     const auto* pad_mask = static_cast<const uint8_t*>(args.pad_mask);
 
+    BackwardToken<A, X> token{};
+    token.scale = static_cast<const A*>(args.scale);
+    token.projection = static_cast<const A*>(args.projection);
+    token.groups = groups;
+    token.length = length;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-        A* sums = Sum ? row_of<A>(args.sums_partial, chunk, terms * columns) : nullptr;
-        for (int64_t j = 0; Sum && j < terms * columns; ++j) sums[j] = 0;
+        if constexpr (Sum) {
+            A* sums = row_of<A>(args.sums_partial, chunk, terms * columns);
+            for (int64_t j = 0; j < terms * columns; ++j) sums[j] = 0;
+            token.products = sums;
+            token.totals = sums + columns;
+            if constexpr (Grouped) token.squares = sums + 2 * columns;
+        }
         const int64_t last = args.rows * (chunk + 1) / args.chunks;
         for (int64_t row = args.rows * chunk / args.chunks; row < last; ++row) {
-            X* dx = Write ? row_of<X>(args.dx, row, columns) : nullptr;
+            if constexpr (Write) token.dx = row_of<X>(args.dx, row, columns);
             if (pad_mask && pad_mask[row]) {
-                for (int64_t j = 0; Write && j < columns; ++j) dx[j] = from_compute<X>(A(0));
+                for (int64_t j = 0; Write && j < columns; ++j) token.dx[j] = from_compute<X>(A(0));
                 continue;
             }
-            const X *dy = row_of<X>(args.dy, row, columns), *x = row_of<X>(args.x, row, columns);
-            const auto piece_of = [&](int64_t j) {
-                BackwardPiece<A, X> piece{};
-                piece.dy = dy + j;
-                piece.x = x + j;
-                if constexpr (Write) {
-                    piece.scale = static_cast<const A*>(args.scale) + j;
-                    if constexpr (Projected) piece.projection = static_cast<const A*>(args.projection) + j;
-                    piece.dx = dx + j;
-                }
-                if constexpr (Sum) {
-                    piece.products = sums + j;
-                    piece.totals = sums + columns + j;
-                    if constexpr (Grouped) piece.squares = sums + 2 * columns + j;
-                }
-                piece.length = length;
-                return piece;
-            };
+            token.dy = row_of<X>(args.dy, row, columns);
+            token.x = row_of<X>(args.x, row, columns);
             if constexpr (Grouped) {
-                group_rstd(x, groups, length, args.eps, rstd.get());
-                for (int64_t g = 0; g < groups; ++g) {
-                    mean_dot.get()[g] = piece_of(g * length).template mean_dot<Projected>(rstd.get()[g]);
-                }
+                group_rstd(token.x, groups, length, args.eps, rstd.get());
+                token.template mean_dots<Projected>(rstd.get(), dots.get());
             }
-            for (int64_t g = 0; g < groups; ++g) {
-                piece_of(g * length)
-                    .template run<Projected, Grouped, Write, Sum>(rstd.get()[g], mean_dot.get()[g]);
-            }
+            token.template run<Projected, Grouped, Write, Sum>(rstd.get(), dots.get());
         }
     }
 }
