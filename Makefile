@@ -41,7 +41,8 @@ emulator-test: native emulator
 asan: native emulator-asan
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 NARROWGAUGE_EMULATOR_DIR=build/emulator-asan \
-	NARROWGAUGE_REQUIRE_EMULATOR=1 $(RUN) -m pytest -n $(WORKERS) -m emulator $(ARGS)
+	NARROWGAUGE_EMULATOR_SCHEDULES=2 NARROWGAUGE_REQUIRE_EMULATOR=1 \
+	$(RUN) -m pytest -n $(WORKERS) -m emulator $(ARGS)
 
 # Switches off each barrier of the CUDA sources in turn: some test must notice.
 mutate: native emulator
