@@ -7,16 +7,18 @@ over the last dimension (or the last few, flattened).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from narrowgauge.norm import _arguments, _autograd, _reference
-from narrowgauge.norm._arguments import Shape, packed
+from narrowgauge.norm import _arguments, _autograd, _general, _reference
+from narrowgauge.norm._arguments import Masks, Shape, packed
 from narrowgauge.norm._replacement import ReplacedNorm, norm_replacement
 from narrowgauge.ops import Sample, SampleMaker, checks, library, operator
+from narrowgauge.ops.system import system
 
 
 def _samples(make: SampleMaker) -> Iterator[Sample]:
@@ -138,6 +140,8 @@ def rms_norm(
     bias: Tensor | None = None,
     weight_offset: float = 0.0,
     out_dtype: torch.dtype | None = None,
+    partial: float | None = None,
+    memory_efficient: bool = False,
 ) -> Tensor:
     """Root mean square normalization over the trailing dimensions.
 
@@ -149,6 +153,11 @@ def rms_norm(
         bias: Shift of shape `normalized_shape`, in the dtype of x or float32. Default: none.
         weight_offset: Added to the weight; 1 for a zero-centred weight, as in Gemma. Default 0.
         out_dtype: Dtype of the result, that of x (the default) or float32.
+        partial: Take the mean square from the first ``int(partial * d)`` of the d elements only (partial RMSNorm of the
+            paper); all are divided by it. Runs in plain PyTorch. Default None: from all.
+        memory_efficient: Keep the result for the backward instead of x, which then can be freed. The normalized values
+            come back as ``(y - bias) / weight``, with the weight held at least `eps` away from zero: a weight at zero
+            gets no gradient. Default False.
 
     Returns:
         A tensor of the shape of x. Statistics and arithmetic are float32 (float64 for float64), rounded once.
@@ -160,7 +169,7 @@ def rms_norm(
     Source: arXiv 1910.07467, with eps inside the root.
     """
     sizes = normalized_shape if type(normalized_shape) is tuple else _arguments.as_sizes(normalized_shape)
-    if library.kernel_checks(x) and x.shape[-1:] == sizes:
+    if partial is None and not memory_efficient and library.kernel_checks(x) and x.shape[-1:] == sizes:
         try:
             return _rms_norm.call_kernel(
                 x,
@@ -176,49 +185,112 @@ def rms_norm(
     if eps is None:
         eps = _arguments.machine_eps(x.dtype)
     _arguments.check("rms_norm", x, sizes, weight, bias, eps, out_dtype)
+    if partial is not None:
+        if memory_efficient:
+            raise ValueError("rms_norm: partial and memory_efficient exclude each other; choose one")
+        return _partial_rms_norm(x, sizes, weight, bias, eps, weight_offset, out_dtype, partial)
+    if memory_efficient:
+        return _general.plain_norm(
+            x, sizes, weight, bias, eps, weight_offset, out_dtype, centred=False, save_output=True
+        )
     if len(sizes) == 1:
         return _rms_norm(x.contiguous(), packed(weight), packed(bias), eps, weight_offset, out_dtype)
     return _arguments.flattened(_rms_norm, x, sizes, weight, bias, eps, weight_offset, out_dtype)
 
 
+def _partial_rms_norm(
+    x: Tensor,
+    sizes: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    out_dtype: torch.dtype | None,
+    partial: float,
+) -> Tensor:
+    """RMSNorm with the mean square of the first channels; its gradient is PyTorch's own."""
+    d = math.prod(sizes)
+    count = _arguments.check_partial("rms_norm", partial, d)
+    compute = _reference.compute_dtype(x.dtype)
+    s = x.reshape(*x.shape[: -len(sizes)], d).to(compute)
+    y = s * (s[..., :count].square().mean(-1, keepdim=True) + eps).rsqrt()
+    if weight is not None:
+        y = y * (weight.flatten().to(compute) + weight_offset)
+    if bias is not None:
+        y = y + bias.flatten().to(compute)
+    return y.to(out_dtype or x.dtype).reshape(x.shape)
+
+
 def add_rms_norm(
     x: Tensor,
-    residual: Tensor,
+    residual: Tensor | None,
     weight: Tensor | None = None,
     eps: float = 1e-6,
     *,
     bias: Tensor | None = None,
     weight_offset: float = 0.0,
-    out_dtype: torch.dtype | None = None,
+    x1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_mask: Masks = None,
+    rowscale: Tensor | None = None,
     residual_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``rms_norm(x + residual)`` over the last dimension and the sum, in one pass over memory.
+    prenorm: bool = True,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    """The rms_norm of ``dropout(x * rowscale) + dropout(x1) + residual`` over the last dimension, and that sum.
+
+    One pass over memory; the order of the steps is flash-attention's. Absent parts cost nothing.
 
     Args:
         x: Output of the branch, shape ``(..., d)``.
-        residual: Residual stream, shape of x, in the dtype of x or float32.
+        residual: Residual stream, shape of x, in the dtype of x or float32; None where there is none yet.
         weight, bias, weight_offset, out_dtype: As in `rms_norm`, with shapes ``(d,)``.
         eps: Added to the mean square. Default 1e-6.
+        x1: Output of a second, parallel branch, shape and dtype of x. Default: none.
+        weight1, bias1: Weight and bias of a second result, from the same statistics. Default: none.
+        dropout_p: Probability that an element of x, and independently one of x1, is dropped; the others are multiplied
+            by ``1 / (1 - dropout_p)``. Drawn from torch's generator of the device, and again, not stored, in the
+            backward. There is no train or eval here: pass 0 in evaluation. Default 0.
+        dropout_mask: Bool tensor of the shape of x, True = keep, instead of drawing; with `x1` a pair, ``(mask of x,
+            mask of x1)``. Kept elements are multiplied by ``1 / (1 - dropout_p)`` all the same.
+        rowscale: Factor of each row of x (not of x1), shape ``(...)``, in the dtype of x or float32. Default: none.
         residual_dtype: Dtype of the returned sum, that of x or float32. Default: that of residual.
+        prenorm: Return the sum as well. Default True.
 
     Returns:
-        The normed sum and the new residual stream. The norm is taken of the un-rounded sum.
+        ``(y, sum)``; with `weight1` or `bias1` ``(y, y1, sum)``; without the sum, and without a tuple around a single
+        tensor, where `prenorm` is False. The norm is taken of the un-rounded sum.
 
     Raises:
         TypeError, ValueError: As `rms_norm`.
+
+    Source: arXiv 1910.07467; the fused form follows ``flash_attn/ops/triton/layer_norm.py``.
     """
-    if residual_dtype is None and library.kernel_checks(x) and library.kernel_checks(residual):
+    plain = x1 is weight1 is bias1 is dropout_mask is rowscale is residual_dtype is None
+    if plain and dropout_p == 0 and prenorm and library.kernel_checks(x) and library.kernel_checks(residual):
         try:
             return _add_rms_norm.call_kernel(x, residual, weight, bias, eps, weight_offset, out_dtype)
         except (RuntimeError, TypeError):
             pass  # a guard refused: the checks below say which argument
-    sizes = _arguments.last_size("add_rms_norm", x)
-    residual = _arguments.residual_as("add_rms_norm", x, residual, residual_dtype)
-    _arguments.check("add_rms_norm", x, sizes, weight, bias, eps, out_dtype, residual)
-    y, residual_out = _add_rms_norm(
-        x.contiguous(), residual.contiguous(), packed(weight), packed(bias), eps, weight_offset, out_dtype
+    return _general.residual_norm(
+        *(
+            "add_rms_norm",
+            _add_rms_norm,
+            False,
+            x,
+            residual,
+            weight,
+            bias,
+            eps,
+            weight_offset,
+            x1,
+            weight1,
+            bias1,
+        ),
+        *(dropout_p, dropout_mask, rowscale, residual_dtype, prenorm, out_dtype),
     )
-    return y, residual_out if residual_dtype is None else residual_out.to(residual_dtype)
 
 
 class RMSNorm(nn.Module):
@@ -231,9 +303,10 @@ class RMSNorm(nn.Module):
         weight_offset: Added to the weight; with 1 (Gemma) the weight starts at zeros, else at ones. Default 0.
         casting: Where a narrow input is rounded. ``"gemma"`` (default): float32 throughout, rounded once at the end;
             ``"llama"``: the normalized value is rounded to the input dtype before it is multiplied by the weight, as in
-            the Llama of Transformers; ``"none"``: everything in the input dtype. The last two run unfused.
+            the Llama of Transformers; ``"none"``: everything in the input dtype, save for the sum.
         bias: Learn a bias as well. Default False.
         output_scale: Constant factor of the result (LayerNorm Scaling, arXiv 2502.05795). Default 1.
+        partial, memory_efficient: As in `rms_norm`; with ``casting="gemma"`` only. Default: off.
 
     Source: arXiv 1910.07467. Parameters and state_dict are those of ``torch.nn.RMSNorm``.
     """
@@ -251,6 +324,8 @@ class RMSNorm(nn.Module):
         *,
         bias: bool = False,
         output_scale: float = 1.0,
+        partial: float | None = None,
+        memory_efficient: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -261,6 +336,13 @@ class RMSNorm(nn.Module):
         self.normalized_shape = _arguments.as_sizes(normalized_shape)
         self.eps, self.elementwise_affine, self.weight_offset = eps, elementwise_affine, weight_offset
         self.casting, self.output_scale = casting, output_scale
+        self.partial, self.memory_efficient = partial, memory_efficient
+        if partial is not None:
+            _arguments.check_partial("RMSNorm", partial, math.prod(self.normalized_shape))
+        if casting != "gemma" and (partial is not None or memory_efficient):
+            raise ValueError(
+                f'RMSNorm: partial and memory_efficient go with casting="gemma" only, got {casting!r}'
+            )
         _arguments.register_affine(
             self,
             self.normalized_shape,
@@ -279,48 +361,50 @@ class RMSNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.casting != "gemma":
-            return self._cast_early(x)
-        if self.output_scale == 1.0:
-            return rms_norm(
+        if self.casting == "gemma" and (self.output_scale == 1.0 or self.partial is not None):
+            y = rms_norm(
                 x,
                 self.normalized_shape,
                 self.weight,
                 self.eps,
                 bias=self.bias,
                 weight_offset=self.weight_offset,
+                partial=self.partial,
+                memory_efficient=self.memory_efficient,
             )
-        if self.weight is None:
-            return rms_norm(x, self.normalized_shape, None, self.eps) * self.output_scale
-        scale = self.output_scale
-        return rms_norm(
-            x,
-            self.normalized_shape,
-            self.weight * scale,
-            self.eps,
-            bias=None if self.bias is None else self.bias * scale,
-            weight_offset=self.weight_offset * scale,
+            return y if self.output_scale == 1.0 else y * self.output_scale
+        sizes = _arguments.normalized_sizes("rms_norm", x, self.normalized_shape)
+        eps = _arguments.machine_eps(x.dtype) if self.eps is None else self.eps
+        _arguments.check("rms_norm", x, sizes, self.weight, self.bias, eps, None)
+        return _general.plain_norm(
+            *(x, sizes, self.weight, self.bias, eps, self.weight_offset, None),
+            centred=False,
+            casting=self.casting,
+            output_scale=self.output_scale,
+            save_output=self.memory_efficient,
         )
-
-    def _cast_early(self, x: Tensor) -> Tensor:
-        if self.casting == "llama":
-            y = rms_norm(x, self.normalized_shape, None, self.eps)
-        else:
-            dims = tuple(range(-len(self.normalized_shape), 0))
-            eps = _arguments.machine_eps(x.dtype) if self.eps is None else self.eps
-            y = x * (x.square().mean(dims, keepdim=True) + eps).rsqrt()
-        if self.weight is not None:
-            y = y * (self.weight + self.weight_offset).to(x.dtype)
-        if self.bias is not None:
-            y = y + self.bias.to(x.dtype)
-        return y if self.output_scale == 1.0 else y * self.output_scale
 
     def extra_repr(self) -> str:
         return (
             f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}, "
             f"weight_offset={self.weight_offset}, casting={self.casting!r}, bias={self.bias is not None}, "
             f"output_scale={self.output_scale}"
+            + (f", partial={self.partial}" if self.partial is not None else "")
+            + (", memory_efficient=True" if self.memory_efficient else "")
         )
+
+
+system(
+    "rms_norm",
+    title="RMSNorm, with residual, dropout and second-branch forms",
+    source="arXiv 1910.07467",
+    page="norms.md",
+    functions=("rms_norm", "add_rms_norm"),
+    modules=("RMSNorm",),
+    operators=("rms_norm", "rms_norm_forward", "rms_norm_backward", "add_rms_norm", "add_rms_norm_forward"),
+    golden=("rmsnorm",),
+    bench=("rms_norm", "add_rms_norm"),
+)
 
 
 @norm_replacement("rms")
