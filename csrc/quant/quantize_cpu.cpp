@@ -7,17 +7,6 @@ namespace {
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The random words of elements first ... first + count - 1; `words` has room for three more on either side.
-const uint32_t* fill_words(const Philox& philox, int64_t first, int64_t count, uint32_t* words) {
-    const int64_t begin = first / 4, groups = (first + count + 3) / 4 - begin;
-#pragma omp simd
-    for (int64_t g = 0; g < groups; ++g) {
-        const Philox::Words four = philox.group(static_cast<uint64_t>(begin + g));
-        for (int k = 0; k < 4; ++k) words[4 * g + k] = four.word[k];
-    }
-    return words + first % 4;
-}
-
 // Codes of the `count` elements from `first` on; scale_at(j) is the scale of the j-th of them.
 template <class T, class Code, class ScaleAt>
 void encode(const Quantize& args, int64_t first, int64_t count, ScaleAt scale_at) {

@@ -212,7 +212,7 @@ def general_norm_forward_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor,
 
     Without `keep_sum` the sum is empty only where it would be x.
     """
-    return _forward(*args[:-1], keep_sum=args[-1] or anything_added(args))
+    return _forward(*(*args[:-1], args[-1] or anything_added(args)))
 
 
 def anything_added(args: tuple[Any, ...]) -> bool:
@@ -226,7 +226,7 @@ def _backward_samples(make: SampleMaker) -> Iterator[Sample]:
     def call(*shape: int, from_output: bool = False, for_x1: bool = False, affine_gradients: bool = True,
              **options: Any) -> tuple[Any, ...]:  # fmt: skip
         args = _call(make, shape, x1=for_x1 or None, **options)
-        y, s, y1, mean, rstd = _forward(*args[:-1], keep_sum=True)
+        y, s, y1, mean, rstd = _forward(*(*args[:-1], True))
         _, residual, _, rowscale, *affine, mask, mask1, rng, p, _, offset, scale, centred = args[:16]
         return (
             make(*shape, dtype=y.dtype),
