@@ -282,7 +282,7 @@ def _backward_samples(make: SampleMaker) -> Iterator[Sample]:
     "general_norm_backward(Tensor dy, Tensor? dy1, Tensor s, Tensor? mean, Tensor rstd, Tensor? weight, Tensor? bias,"
     " Tensor? weight1, Tensor? bias1, Tensor? dresidual, Tensor? rowscale, Tensor? dropout_mask,"
     " Tensor? dropout_mask1, Tensor? rng, float dropout_p, float weight_offset, float output_scale, bool centred,"
-    " bool from_output, float min_weight, ScalarType x_dtype, ScalarType residual_dtype, bool for_residual,"
+    " bool from_output, float min_weight, ScalarType? x_dtype, ScalarType? residual_dtype, bool for_residual,"
     " bool for_x1, bool affine_gradients)"
     " -> (Tensor dx, Tensor dresidual_in, Tensor dx1, Tensor dweight, Tensor dbias, Tensor dweight1, Tensor dbias1)",
     samples=_backward_samples,
@@ -308,8 +308,8 @@ def general_norm_backward_op(
     centred: bool,
     from_output: bool,
     min_weight: float,
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
+    x_dtype: torch.dtype | None,
+    residual_dtype: torch.dtype | None,
     for_residual: bool,
     for_x1: bool,
     affine_gradients: bool,
@@ -318,6 +318,8 @@ def general_norm_backward_op(
 
     With `from_output`, s is y and x_hat is recovered from it, the weight held away from zero by `min_weight`.
     """
+    x_dtype = x_dtype or s.dtype
+    residual_dtype = residual_dtype or x_dtype
     compute = compute_dtype(x_dtype)
 
     def scale_of(weight: Tensor | None) -> Tensor:
