@@ -35,6 +35,13 @@ struct Philox {
     NG_HOST_DEVICE uint32_t word(uint64_t element) const { return group(element >> 2).word[element & 3]; }
 };
 
+// words.word[index], without an array indexed at run time, which would not be held in registers.
+NG_HOST_DEVICE uint32_t pick(const Philox::Words& words, int index) {
+    const uint32_t even = index & 2 ? words.word[2] : words.word[0],
+                   odd = index & 2 ? words.word[3] : words.word[1];
+    return index & 1 ? odd : even;
+}
+
 // The random words of elements first ... first + count - 1; `words` has room for three more on either side.
 inline const uint32_t* fill_words(const Philox& philox, int64_t first, int64_t count, uint32_t* words) {
     const int64_t begin = first / 4, groups = (first + count + 3) / 4 - begin;

@@ -135,16 +135,18 @@ Forward forward(const Tensor& x, const OptionalTensor& residual, const OptionalT
     return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> general_norm(
-    const Tensor& x, const OptionalTensor& residual, const OptionalTensor& x1, const OptionalTensor& rowscale,
-    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& weight1,
-    const OptionalTensor& bias1, const OptionalTensor& mask, const OptionalTensor& mask1,
-    const OptionalTensor& rng, double dropout_p, double eps, double weight_offset, double output_scale,
-    bool centred, const std::string& casting, const OptionalDType& out_dtype,
-    const OptionalDType& residual_dtype, bool keep_sum) {
-    Forward out = forward(x, residual, x1, rowscale, weight, bias, weight1, bias1, mask, mask1, rng,
-                          dropout_p, eps, weight_offset, output_scale, centred, casting, out_dtype,
-                          residual_dtype, keep_sum, false);
+std::tuple<Tensor, Tensor, Tensor> general_norm(const Tensor& x, const OptionalTensor& residual,
+                                                const OptionalTensor& x1, const OptionalTensor& rowscale,
+                                                const OptionalTensor& weight, const OptionalTensor& bias,
+                                                const OptionalTensor& weight1, const OptionalTensor& bias1,
+                                                const OptionalTensor& mask, const OptionalTensor& mask1,
+                                                const OptionalTensor& rng, double dropout_p, double eps,
+                                                double weight_offset, double output_scale, bool centred,
+                                                const std::string& casting, const OptionalDType& out_dtype,
+                                                const OptionalDType& residual_dtype, bool keep_sum) {
+    Forward out =
+        forward(x, residual, x1, rowscale, weight, bias, weight1, bias1, mask, mask1, rng, dropout_p, eps,
+                weight_offset, output_scale, centred, casting, out_dtype, residual_dtype, keep_sum, false);
     return {std::move(out.y), std::move(out.residual_out), std::move(out.y1)};
 }
 
@@ -156,9 +158,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> general_norm_forward(
     bool centred, const std::string& casting, const OptionalDType& out_dtype,
     const OptionalDType& residual_dtype, bool keep_sum) {
     keep_sum = keep_sum || residual || x1 || rowscale || mask || rng;
-    Forward out = forward(x, residual, x1, rowscale, weight, bias, weight1, bias1, mask, mask1, rng,
-                          dropout_p, eps, weight_offset, output_scale, centred, casting, out_dtype,
-                          residual_dtype, keep_sum, true);
+    Forward out =
+        forward(x, residual, x1, rowscale, weight, bias, weight1, bias1, mask, mask1, rng, dropout_p, eps,
+                weight_offset, output_scale, centred, casting, out_dtype, residual_dtype, keep_sum, true);
     return {std::move(out.y), std::move(out.residual_out), std::move(out.y1), std::move(out.mean),
             std::move(out.rstd)};
 }
@@ -191,8 +193,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> general_norm_
     for (const OptionalTensor* vector : vectors) {
         if (!*vector) continue;
         check_layout(**vector, s, "weight and bias");
-        NG_CHECK((*vector)->dim() == 1 && (*vector)->numel() == columns && is_companion(dtype(**vector), x_type),
-                 "weight and bias must be of shape [", columns, "], in the dtype of x or float32");
+        NG_CHECK(
+            (*vector)->dim() == 1 && (*vector)->numel() == columns && is_companion(dtype(**vector), x_type),
+            "weight and bias must be of shape [", columns, "], in the dtype of x or float32");
     }
 
     GeneralBackward args{};
@@ -258,8 +261,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> general_norm_
     for (int i = 0; i < 4; ++i) {
         if (partials[i]) add_partial_sums(*partials[i], results[i]);
     }
-    return {std::move(dx), std::move(dresidual_in), std::move(dx1), std::move(results[0]),
-            std::move(results[1]), std::move(results[2]), std::move(results[3])};
+    return {std::move(dx),         std::move(dresidual_in), std::move(dx1),       std::move(results[0]),
+            std::move(results[1]), std::move(results[2]),   std::move(results[3])};
 }
 
 }  // namespace

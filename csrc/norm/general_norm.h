@@ -30,8 +30,8 @@ struct GeneralBranch {
     float dropout_p;
     DType rowscale_type;
 
-    bool has_mask(int draw) const { return (draw == 0 ? mask : mask1) != nullptr; }
-    bool drops(int draw) const { return rng != nullptr || has_mask(draw); }
+    NG_HOST_DEVICE bool has_mask(int draw) const { return (draw == 0 ? mask : mask1) != nullptr; }
+    NG_HOST_DEVICE bool drops(int draw) const { return rng != nullptr || has_mask(draw); }
 };
 
 struct GeneralForward {
@@ -73,9 +73,9 @@ struct GeneralBackward {
     const void* weight1;
     const void* dresidual;  // or null
     void* dx;
-    void* dresidual_in;      // or null
-    void* dx1;               // or null
-    void* dweight_partial;   // or null; [chunks, columns], like the three below
+    void* dresidual_in;     // or null
+    void* dx1;              // or null
+    void* dweight_partial;  // or null; [chunks, columns], like the three below
     void* dbias_partial;
     void* dweight1_partial;
     void* dbias1_partial;

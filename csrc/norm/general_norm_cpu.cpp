@@ -70,8 +70,7 @@ A sum_of(int64_t count, const A* a, const A* b) {
 }
 template <class A>
 A sum_of(int64_t count, const A* a) {
-    return sum_row<A>(
-        count, [=](int64_t j) { return load_pack(a + j); }, [=](int64_t j) { return a[j]; });
+    return sum_row<A>(count, [=](int64_t j) { return load_pack(a + j); }, [=](int64_t j) { return a[j]; });
 }
 
 // Dropout of x (draw 0) or x1 (draw 1), for the elements of a row, which begin at `first` of the tensor.

@@ -45,13 +45,6 @@ __device__ __forceinline__ uint32_t group_max(uint32_t value, int group, Shared<
     return value;
 }
 
-// words.word[index], without an array indexed at run time, which would not be held in registers.
-__device__ __forceinline__ uint32_t pick(const Philox::Words& words, int index) {
-    const uint32_t even = index & 2 ? words.word[2] : words.word[0],
-                   odd = index & 2 ? words.word[3] : words.word[1];
-    return index & 1 ? odd : even;
-}
-
 // Rounds scaled values to codes and stores them: to nearest, or with random bits or noise where there are
 // any.
 template <class Code>
