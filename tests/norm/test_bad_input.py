@@ -105,7 +105,7 @@ SHAPE: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ),
 ]
 RESIDUAL: list[tuple[str, dict[str, Any], type[Exception], str]] = [
-    ("residual is None", {"residual": None}, TypeError, "residual must be a tensor, got NoneType"),
+    ("residual is a number", {"residual": 1.0}, TypeError, "residual must be a tensor, got float"),
     ("residual shape", {"residual": torch.ones(3, 7)}, ValueError, r"residual has shape \(3, 7\).*\(3, 8\)"),
     ("residual to broadcast", {"residual": torch.ones(1, 8)}, ValueError, r"residual has shape \(1, 8\)"),
     (

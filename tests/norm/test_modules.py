@@ -161,15 +161,91 @@ def test_llama_casting_is_the_formula_of_transformers(
 
 
 def test_no_casting_computes_in_the_dtype_of_x() -> None:
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        module = randomize(ng.nn.RMSNorm((4, 6), 1e-6, casting="none", dtype=dtype))
-        x = random(5, 4, 6, dtype=dtype)
-        expected = x * (x.square().mean((-2, -1), keepdim=True) + 1e-6).rsqrt() * module.weight
-        assert_same_bits(module(x).detach(), expected.detach())
-    assert_near(
-        randomize(ng.nn.RMSNorm(8, casting="none"))(random(3, 8)),
-        randomize(nn.RMSNorm(8))(random(3, 8)).double(),
-    )
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        module = randomize(ng.nn.RMSNorm((4, 24), 1e-6, casting="none", dtype=dtype))
+        x = random(50, 4, 24, dtype=dtype)
+        expected = (x * (x.square().mean((-2, -1), keepdim=True) + 1e-6).rsqrt() * module.weight).detach()
+        actual = module(x).detach()
+        assert_near(actual, expected.double())
+        if dtype.itemsize == 2:
+            # PyTorch rounds the sum before it divides: the factor of a row may be the other of two neighbours.
+            fused = randomize(ng.nn.RMSNorm((4, 24), 1e-6, dtype=dtype))(x).detach()
+            assert (actual != expected).float().mean() < 0.3 * (fused != expected).float().mean()
+
+
+@each_module
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("affine", [{}, {"bias": True}, {"elementwise_affine": False}], ids=str)
+def test_memory_efficient_gradients(module: Any, dtype: torch.dtype, affine: dict[str, Any]) -> None:
+    """The gradients of the plain layer, from the output alone, which is the only tensor of its size that is kept."""
+    plain = module((4, 30), weight_offset=1.0, dtype=dtype, **affine)
+    thrifty = module((4, 30), weight_offset=1.0, dtype=dtype, memory_efficient=True, **affine)
+    for layer in (plain, thrifty):  # weights from 0.5 to 1.5: away from zero
+        for i, parameter in enumerate(layer.parameters()):
+            nn.init.uniform_(parameter, -0.5, 0.5, generator=torch.Generator().manual_seed(i))
+    x = random(6, 4, 30, dtype=dtype) + 0.5
+    for i, (a, e) in enumerate(zip(outputs(thrifty, x), outputs(plain, x), strict=True)):
+        if i == 0 and dtype != torch.bfloat16:
+            assert_near(a, e.double())
+        else:  # y is rounded, and divided by a weight down to 1/2
+            scale = e.double().abs().max().item()
+            tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
+            torch.testing.assert_close(a.double(), e.double(), rtol=tolerance, atol=tolerance * scale)
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = thrifty(x.requires_grad_())
+    large = [t for t in kept if t.numel() == x.numel()]
+    assert [t.data_ptr() for t in large] == [y.data_ptr()]
+
+
+@each_module
+def test_memory_efficient_weight_at_zero(module: Any) -> None:
+    """Documented: x cannot come back where the weight is zero, so its gradient is zero; all stays finite."""
+    layer = module(8, memory_efficient=True)
+    with torch.no_grad():
+        layer.weight[3] = 0
+    x = random(4, 8)
+    _, dx, dweight, *_ = outputs(layer, x)
+    assert dx.isfinite().all()
+    assert dweight[3] == 0
+    assert (dweight[:3] != 0).all()
+    with torch.no_grad():
+        assert_same_bits(layer(x), layer(x.requires_grad_()).detach())
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("partial", [0.25, 0.5, 1.0])
+def test_partial_rms_norm(partial: float, backend: Any) -> None:
+    layer = randomize(ng.nn.RMSNorm((3, 11), 1e-5, partial=partial, bias=True, output_scale=0.5)).double()
+    x = random(5, 3, 11, dtype=torch.float64).requires_grad_()
+    with ng.backend(backend):
+        y = layer(x)
+    flat, count = x.flatten(1), int(partial * 33)
+    rms = ((flat[:, :count] ** 2).sum(-1, keepdim=True) / count + 1e-5).sqrt()
+    expected = ((flat / rms).view_as(x) * layer.weight + layer.bias) * 0.5
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    for a, e in zip(
+        *(torch.autograd.grad(r.square().sum(), (x, *layer.parameters())) for r in (y, expected)), strict=True
+    ):
+        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
+
+
+def test_partial_and_memory_efficient_are_checked() -> None:
+    for wrong in (0, -0.5, 1.5, float("nan"), True, "half"):
+        with pytest.raises(ValueError, match="partial must be a number above 0 and up to 1"):
+            ng.nn.RMSNorm(8, partial=wrong)
+        with pytest.raises(ValueError, match="rms_norm: partial must be a number above 0 and up to 1"):
+            ng.nn.functional.rms_norm(torch.ones(2, 8), 8, partial=wrong)
+    with pytest.raises(ValueError, match=r"RMSNorm: partial=0.1 of 8 channels selects none; raise partial"):
+        ng.nn.RMSNorm(8, partial=0.1)
+    with pytest.raises(ValueError, match="partial and memory_efficient exclude each other"):
+        ng.nn.functional.rms_norm(torch.ones(2, 8), 8, partial=0.5, memory_efficient=True)
+    for option in ({"partial": 0.5}, {"memory_efficient": True}):
+        with pytest.raises(ValueError, match='go with casting="gemma" only'):
+            ng.nn.RMSNorm(8, casting="llama", **option)
+    assert repr(ng.nn.RMSNorm(8, partial=0.5, memory_efficient=False)).endswith("partial=0.5)")
+    assert repr(ng.nn.LayerNorm(8, memory_efficient=True)).endswith("memory_efficient=True)")
 
 
 @pytest.mark.parametrize("casting", ["gemma", "llama", "none"])
