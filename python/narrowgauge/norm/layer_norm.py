@@ -343,5 +343,5 @@ system(
         *("general_norm", "general_norm_forward", "general_norm_backward"),
     ),
     golden=("layernorm",),
-    bench=("layer_norm", "add_layer_norm"),
+    bench=("layer_norm", "add_layer_norm", "general_norm"),
 )
