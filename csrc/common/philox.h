@@ -42,17 +42,6 @@ NG_HOST_DEVICE uint32_t pick(const Philox::Words& words, int index) {
     return index & 1 ? odd : even;
 }
 
-// The random words of elements first ... first + count - 1; `words` has room for three more on either side.
-inline const uint32_t* fill_words(const Philox& philox, int64_t first, int64_t count, uint32_t* words) {
-    const int64_t begin = first / 4, groups = (first + count + 3) / 4 - begin;
-#pragma omp simd
-    for (int64_t g = 0; g < groups; ++g) {
-        const Philox::Words four = philox.group(static_cast<uint64_t>(begin + g));
-        for (int k = 0; k < 4; ++k) words[4 * g + k] = four.word[k];
-    }
-    return words + first % 4;
-}
-
 // A word as a number in [0, 1) with 24 bits.
 NG_HOST_DEVICE float uniform(uint32_t word) {
     return static_cast<float>(static_cast<int32_t>(word >> 8)) * 0x1p-24f;

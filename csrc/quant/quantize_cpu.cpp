@@ -1,4 +1,5 @@
 // CPU kernels of quantize and dequantize.
+#include "common/philox_cpu.h"
 #include "quant/encode_cpu.h"
 #include "quant/quantize.h"
 
@@ -15,7 +16,7 @@ void encode(const Quantize& args, int64_t first, int64_t count, ScaleAt scale_at
     if (args.rng) {
         const Philox philox{static_cast<uint64_t>(args.rng[0]), static_cast<uint64_t>(args.rng[1])};
         constexpr int64_t kBlock = 256;
-        uint32_t space[kBlock + 8];
+        uint32_t space[kBlock + philox_slack];
         for (int64_t begin = 0; begin < count; begin += kBlock) {
             const int64_t end = smaller(begin + kBlock, count);
             const uint32_t* words = fill_words(philox, first + begin, end - begin, space);
