@@ -4,7 +4,7 @@
 // counts is that memory is read and written once.
 #include <cmath>
 
-#include "common/philox.h"
+#include "common/philox_cpu.h"
 #include "common/row_cpu.h"
 #include "norm/general_norm.h"
 
@@ -85,7 +85,7 @@ void drop(const GeneralBranch& branch, int draw, int64_t first, int64_t count, A
                             static_cast<uint64_t>(branch.rng[1]) + static_cast<uint64_t>(draw)};
         const float p = branch.dropout_p;
         constexpr int64_t block = 256;
-        uint32_t space[block + 8];
+        uint32_t space[block + philox_slack];
         for (int64_t begin = 0; begin < count; begin += block) {
             const int64_t length = count - begin < block ? count - begin : block;
             const uint32_t* words = fill_words(philox, first + begin, length, space);
