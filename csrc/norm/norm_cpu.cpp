@@ -5,7 +5,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "common/row_cpu.h"
+#include "common/twin.h"
 #include "norm/norm.h"
 
 NG_NAMESPACE_BEGIN
@@ -28,67 +28,42 @@ void forward_rows(const NormForward& args, int64_t begin, int64_t end) {
         Y* y = row_of<Y>(args.y, row, columns);
 
         // The un-rounded sum: what is normalized, even where residual_out is stored narrower.
-        const auto pack = [=](int64_t j) {
-            auto v = load_pack(x + j);
-            if constexpr (Residual) v += load_pack(residual + j);
+        const auto sum = [=](int64_t j, auto as) {
+            auto v = as(x + j);
+            if constexpr (Residual) v += as(residual + j);
             return v;
         };
-        const auto scalar = [=](int64_t j) {
-            A v = to_compute(x[j]);
-            if constexpr (Residual) v += static_cast<A>(to_compute(residual[j]));
-            return v;
-        };
-        const auto kept_pack = [=](int64_t j) {
-            const auto v = pack(j);
+        const auto kept_sum = [=](int64_t j, auto as) {
+            const auto v = sum(j, as);
             if constexpr (Residual) store_pack(residual_out + j, v);
-            return v;
-        };
-        const auto kept_scalar = [=](int64_t j) {
-            const A v = scalar(j);
-            if constexpr (Residual) residual_out[j] = from_compute<S>(v);
             return v;
         };
 
         A mean = 0, sum_of_squares;
         if constexpr (Centred) {
-            const Moments<A> moments = row_moments<A>(columns, kept_pack, kept_scalar);
+            const Moments<A> moments = twin_moments<A>(columns, kept_sum);
             mean = moments.mean;
             sum_of_squares = moments.sum_of_squares;
         } else {
-            sum_of_squares = sum_row<A>(
-                columns,
-                [=](int64_t j) {
-                    const auto v = kept_pack(j);
-                    return v * v;
-                },
-                [=](int64_t j) {
-                    const A v = kept_scalar(j);
-                    return v * v;
-                });
+            sum_of_squares = sum_twins<A>(columns, [=](int64_t j, auto as) {
+                const auto v = kept_sum(j, as);
+                return v * v;
+            });
         }
         const A rstd = A(1) / std::sqrt(sum_of_squares / static_cast<A>(columns) + static_cast<A>(args.eps));
         if (args.mean) static_cast<A*>(args.mean)[row] = mean;
         if (args.rstd) static_cast<A*>(args.rstd)[row] = rstd;
 
         const auto write = [=](auto with_bias) {
-            for_row<A>(
-                columns,
-                [=](int64_t j) {
-                    __builtin_prefetch(x + columns + j);  // the next row, while this one is computed
-                    if constexpr (Residual) __builtin_prefetch(residual + columns + j);
-                    auto v = pack(j);
-                    if constexpr (Centred) v -= mean;
-                    v = v * rstd * load_pack(weight + j);
-                    if constexpr (with_bias) v += load_pack(bias + j);
-                    store_pack(y + j, v);
-                },
-                [=](int64_t j) {
-                    A v = scalar(j);
-                    if constexpr (Centred) v -= mean;
-                    v = v * rstd * weight[j];
-                    if constexpr (with_bias) v += bias[j];
-                    y[j] = from_compute<Y>(v);
-                });
+            for_twins<A>(columns, [=](int64_t j, auto as) {
+                __builtin_prefetch(x + columns + j);  // the next row, while this one is computed
+                if constexpr (Residual) __builtin_prefetch(residual + columns + j);
+                auto v = sum(j, as);
+                if constexpr (Centred) v -= mean;
+                v = v * rstd * as(weight + j);
+                if constexpr (with_bias) v += as(bias + j);
+                store_pack(y + j, v);
+            });
         };
         if (bias) {
             write(std::true_type{});
@@ -122,20 +97,15 @@ void backward_chunks(const NormBackward& args, int64_t begin, int64_t end) {
             const A mean = Centred ? static_cast<const A*>(args.mean)[row] : A(0);
 
             // mean(h * x_hat), and mean(h) when centred.
-            constexpr int lanes = Simd<A>::lanes;
-            typename Simd<A>::Pack dot_even = {}, dot_odd = {}, sum_even = {}, sum_odd = {};
+            constexpr int lanes = Twin<A>::lanes;
+            typename Twin<A>::type dots = {}, sums = {};
             int64_t j = 0;
-            for (; j + 2 * lanes <= columns; j += 2 * lanes) {
-                const auto h_even = load_pack(dy + j) * load_pack(weight + j);
-                const auto h_odd = load_pack(dy + j + lanes) * load_pack(weight + j + lanes);
-                dot_even += h_even * (load_pack(x + j) - mean);
-                dot_odd += h_odd * (load_pack(x + j + lanes) - mean);
-                if constexpr (Centred) {
-                    sum_even += h_even;
-                    sum_odd += h_odd;
-                }
+            for (; j + lanes <= columns; j += lanes) {
+                const auto h = load_twin(dy + j) * load_twin(weight + j);
+                dots += h * (load_twin(x + j) - mean);
+                if constexpr (Centred) sums += h;
             }
-            A dot = sum_lanes(dot_even + dot_odd), sum = sum_lanes(sum_even + sum_odd);
+            A dot = sum_lanes(dots), sum = sum_lanes(sums);
             for (; j < columns; ++j) {
                 const A h = static_cast<A>(to_compute(dy[j])) * weight[j];
                 dot += h * (to_compute(x[j]) - mean);
@@ -145,31 +115,17 @@ void backward_chunks(const NormBackward& args, int64_t begin, int64_t end) {
             const A mean_sum = Centred ? sum / static_cast<A>(columns) : A(0);
 
             const auto write = [=](auto with_dresidual, auto with_dweight, auto with_dbias) {
-                for_row<A>(
-                    columns,
-                    [=](int64_t j) {
-                        const auto g = load_pack(dy + j);
-                        const auto x_hat = (load_pack(x + j) - mean) * rstd;
-                        auto d = g * load_pack(weight + j) - x_hat * mean_dot;
-                        if constexpr (Centred) d -= mean_sum;
-                        d *= rstd;
-                        if constexpr (with_dresidual) d += load_pack(dresidual + j);
-                        store_pack(dx + j, d);
-                        if constexpr (with_dweight)
-                            store_pack(dweight + j, load_pack(dweight + j) + g * x_hat);
-                        if constexpr (with_dbias) store_pack(dbias + j, load_pack(dbias + j) + g);
-                    },
-                    [=](int64_t j) {
-                        const A g = static_cast<A>(to_compute(dy[j]));
-                        const A x_hat = (to_compute(x[j]) - mean) * rstd;
-                        A d = g * weight[j] - x_hat * mean_dot;
-                        if constexpr (Centred) d -= mean_sum;
-                        d *= rstd;
-                        if constexpr (with_dresidual) d += to_compute(dresidual[j]);
-                        dx[j] = from_compute<S>(d);
-                        if constexpr (with_dweight) dweight[j] += g * x_hat;
-                        if constexpr (with_dbias) dbias[j] += g;
-                    });
+                for_twins<A>(columns, [=](int64_t j, auto as) {
+                    const auto g = as(dy + j);
+                    const auto x_hat = (as(x + j) - mean) * rstd;
+                    auto d = g * as(weight + j) - x_hat * mean_dot;
+                    if constexpr (Centred) d -= mean_sum;
+                    d *= rstd;
+                    if constexpr (with_dresidual) d += as(dresidual + j);
+                    store_pack(dx + j, d);
+                    if constexpr (with_dweight) store_pack(dweight + j, as(dweight + j) + g * x_hat);
+                    if constexpr (with_dbias) store_pack(dbias + j, as(dbias + j) + g);
+                });
             };
             const auto choose_affine = [&](auto with_dresidual) {
                 constexpr std::true_type yes{};
