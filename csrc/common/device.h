@@ -155,5 +155,19 @@ inline int multiprocessor_count() {
     return count;
 }
 
+// How large a cluster may be here (1: there are none), and the shared memory a block may ask for.
+struct BlockLimits {
+    int cluster;
+    int64_t shared_bytes;
+};
+inline BlockLimits block_limits() {
+    int device = 0, major = 0, shared = 0;
+    check_cuda(cudaGetDevice(&device), "device");
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "capability");
+    check_cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+               "shared memory");
+    return {major >= 9 ? 8 : 1, shared};
+}
+
 }  // namespace narrowgauge
 #endif

@@ -318,4 +318,11 @@ void launch(const LaunchConfig& config, void (*kernel)(Parameters...), const Arg
 // Few, so that a persistent grid visits several rows per block.
 inline int multiprocessor_count() { return 2; }
 
+// Small, so that short rows reach the paths of rows that do not fit.
+struct BlockLimits {
+    int cluster;
+    int64_t shared_bytes;
+};
+inline BlockLimits block_limits() { return {2, 48 * 1024}; }
+
 }  // namespace narrowgauge

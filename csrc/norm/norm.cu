@@ -1,11 +1,25 @@
 // Launches of the LayerNorm / RMSNorm kernels: how many threads share a row, and which instantiation runs.
 #include <algorithm>
 
-#include "norm/norm.cuh"
 #include "norm/norm_launch.h"
+#include "norm/norm_long.cuh"
 
 namespace narrowgauge {
 namespace {
+
+// Launches `kernel(args, cluster, kept)` for a long row, `values` numbers kept for each column, where it fits
+// on chip.
+template <class A, int Width, class Kernel, class Args>
+bool launch_long(Kernel kernel, const Args& args, int values, Stream stream) {
+    const LongRowPlan plan =
+        long_row_plan(args.columns, Width, values * static_cast<int64_t>(sizeof(A)), block_limits());
+    if (plan.kept_bytes == 0) return false;
+    const int64_t sums = (max_warps + 2) * sizeof(A) + 16;
+    const LaunchConfig config{dim3(static_cast<unsigned>(args.rows * plan.cluster)), dim3(long_row_threads),
+                              static_cast<size_t>(plan.kept_bytes + sums), plan.cluster, stream};
+    launch(config, kernel, args, plan.cluster, static_cast<int>(plan.kept_bytes / (values * sizeof(A))));
+    return true;
+}
 
 template <class X, int Width, int Vectors>
 void forward_planned(const NormForward& args, const Plan& plan, Stream stream) {
@@ -20,6 +34,10 @@ void forward_planned(const NormForward& args, const Plan& plan, Stream stream) {
 template <class X, int Width>
 void forward_of_width(const NormForward& args, Stream stream) {
     const Plan plan = plan_for(forward_plans, (args.columns + Width - 1) / Width);
+    if (plan.vectors == 0 &&
+        launch_long<compute_t<X>, Width>(norm_forward_long_kernel<X, Width>, args, 1, stream)) {
+        return;
+    }
     with_vectors<1, 4, 0>(plan.vectors,
                           [&](auto vectors) { forward_planned<X, Width, vectors>(args, plan, stream); });
 }
@@ -68,13 +86,14 @@ void backward_planned(const NormBackward& args, const BackwardLaunch& how, Strea
         dim3(static_cast<unsigned>((args.columns + tile - 1) / tile), static_cast<unsigned>(how.chunks)),
         dim3(tile, tile), tile_sums * sizeof(A), 1, stream};
     const bool sums_apart = Vectors == 0 && (args.dweight_partial || args.dbias_partial);
+    const bool rows_done =
+        how.blocks == 0 ||
+        (Vectors == 0 && launch_long<A, Width>(norm_backward_long_kernel<S, Width>, args, 2, stream));
     if (args.centred) {
-        if (how.blocks > 0)
-            launch(rows, norm_backward_kernel<S, Width, Vectors, true>, args, how.plan.threads);
+        if (!rows_done) launch(rows, norm_backward_kernel<S, Width, Vectors, true>, args, how.plan.threads);
         if (sums_apart) launch(columns, norm_backward_columns_kernel<S, true>, args);
     } else {
-        if (how.blocks > 0)
-            launch(rows, norm_backward_kernel<S, Width, Vectors, false>, args, how.plan.threads);
+        if (!rows_done) launch(rows, norm_backward_kernel<S, Width, Vectors, false>, args, how.plan.threads);
         if (sums_apart) launch(columns, norm_backward_columns_kernel<S, false>, args);
     }
 }

@@ -118,10 +118,16 @@ def test_long_and_odd_rows(norm: Norm, columns: int, dtype: torch.dtype) -> None
 
 @every_run
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("rows", "columns"), [(3, 16448), (2, 8209), (130, 8208)], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(3, 16448), (2, 8209), (130, 8208), (1, 25000), (2, 4100)], ids=str
+)
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
 def test_rows_beyond_the_registers(run: Any, name: str, rows: int, columns: int, dtype: torch.dtype) -> None:
-    """CUDA reads rows this long once per pass, and sums dweight in a kernel of its own, here in two chunks."""
+    """CUDA keeps such rows in the shared memory of one block or of a cluster, or reads them once per pass.
+
+    The emulator has clusters of two blocks of 48 KiB, so that all three come up in the forward and the backward. dweight
+    is summed in a kernel of its own, here in up to two chunks.
+    """
     make = SampleMaker(dtype)
     x, weight, bias, dy = make(rows, columns), make(columns), make(columns), make(rows, columns)
     forward = (x, weight, bias, 1e-5, 0.0, None)
