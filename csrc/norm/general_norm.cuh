@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(512, 1)
             store_beside<X>(args.residual_out, args.sum_type, "residual_out", base + j, values);
         }
         const auto write = [&](const Beside& weight, const Beside& bias, void* target, const char* name) {
-            A scale[Width], shift[Width], y[Width];
+            A scale[Width] = {}, shift[Width] = {}, y[Width];
             if (weight) weight.load(j, scale);
             if (bias) bias.load(j, shift);
 #pragma unroll

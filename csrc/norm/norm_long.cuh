@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(long_row_threads, 1)
         if (args.rstd) global<A>(args.rstd, "rstd")[row] = rstd;
     }
     visit_long(slice, [&](int64_t j, int visit) {
-        A values[Width], scale[Width], shift[Width];
+        A values[Width], scale[Width] = {}, shift[Width] = {};
         row_values.get(visit, values);
         if (weight) weight.load(j, scale);
         if (bias) bias.load(j, shift);
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(long_row_threads, 1)
 
     A dot = 0, sum = 0;
     visit_long(slice, [&](int64_t j, int visit) {
-        A x_hat[Width], h[Width], scale[Width];
+        A x_hat[Width], h[Width], scale[Width] = {};
         load_row<Width>(x, base + j, x_hat);
         dy.load(base + j, h);
         if (weight) weight.load(j, scale);

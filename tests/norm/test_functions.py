@@ -125,8 +125,8 @@ def test_long_and_odd_rows(norm: Norm, columns: int, dtype: torch.dtype) -> None
 def test_rows_beyond_the_registers(run: Any, name: str, rows: int, columns: int, dtype: torch.dtype) -> None:
     """CUDA keeps such rows in the shared memory of one block or of a cluster, or reads them once per pass.
 
-    The emulator has clusters of two blocks of 48 KiB, so that all three come up in the forward and the backward. dweight
-    is summed in a kernel of its own, here in up to two chunks.
+    The emulator has clusters of two blocks of 48 KiB, so that all three come up in the forward and the backward.
+    dweight is summed in a kernel of its own, here in up to two chunks.
     """
     make = SampleMaker(dtype)
     x, weight, bias, dy = make(rows, columns), make(columns), make(columns), make(rows, columns)

@@ -127,9 +127,7 @@ def check_second(function: str, x: Tensor, weight1: Tensor | None, bias1: Tensor
         if vector is None:
             continue
         if tuple(vector.shape) != (x.shape[-1],):
-            raise ValueError(
-                f"{function}: {name} has shape {tuple(vector.shape)}; expected ({x.shape[-1]},)"
-            )
+            raise ValueError(f"{function}: {name} has shape {tuple(vector.shape)}; expected ({x.shape[-1]},)")
         check_companions(function, x, **{name: vector})
 
 
