@@ -1,6 +1,16 @@
 """Normalization layers."""
 
+from narrowgauge.norm.ada_norm import (
+    AdaLayerNorm,
+    AdaRMSNorm,
+    ada_layer_norm,
+    ada_rms_norm,
+    add_ada_layer_norm,
+    add_ada_rms_norm,
+    gated_residual,
+)
 from narrowgauge.norm.dyt import Derf, DyT, derf, dyt
+from narrowgauge.norm.gated_rms_norm import GatedRMSNorm, gated_rms_norm
 from narrowgauge.norm.layer_norm import LayerNorm, add_layer_norm, layer_norm
 from narrowgauge.norm.norm_linear import LayerNormLinear, RMSNormLinear, layer_norm_linear, rms_norm_linear
 from narrowgauge.norm.norm_quant import layer_norm_quant, rms_norm_quant
@@ -8,35 +18,52 @@ from narrowgauge.norm.peri_add_norm import peri_add_norm
 from narrowgauge.norm.placement import ResidualNorm, mix_ln_schemes
 from narrowgauge.norm.polynorm import PolyNorm, poly_norm
 from narrowgauge.norm.power_norm import PowerNorm
+from narrowgauge.norm.qk_norm import QKNorm, head_rms_norm, qk_norm
 from narrowgauge.norm.rms_norm import RMSNorm, add_rms_norm, rms_norm
+from narrowgauge.norm.scale_norm import ScaleNorm, l2_normalize, scale_norm
 from narrowgauge.norm.seednorm import SeeDNorm, seed_norm
 from narrowgauge.norm.unified_norm import UnifiedNorm, fold_unified_norm
 
 __all__ = [
+    "AdaLayerNorm",
+    "AdaRMSNorm",
     "Derf",
     "DyT",
+    "GatedRMSNorm",
     "LayerNorm",
     "LayerNormLinear",
     "PolyNorm",
     "PowerNorm",
+    "QKNorm",
     "RMSNorm",
     "RMSNormLinear",
     "ResidualNorm",
+    "ScaleNorm",
     "SeeDNorm",
     "UnifiedNorm",
+    "ada_layer_norm",
+    "ada_rms_norm",
+    "add_ada_layer_norm",
+    "add_ada_rms_norm",
     "add_layer_norm",
     "add_rms_norm",
     "derf",
     "dyt",
     "fold_unified_norm",
+    "gated_residual",
+    "gated_rms_norm",
+    "head_rms_norm",
+    "l2_normalize",
     "layer_norm",
     "layer_norm_linear",
     "layer_norm_quant",
     "mix_ln_schemes",
     "peri_add_norm",
     "poly_norm",
+    "qk_norm",
     "rms_norm",
     "rms_norm_linear",
     "rms_norm_quant",
+    "scale_norm",
     "seed_norm",
 ]

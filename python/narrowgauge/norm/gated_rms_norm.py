@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from narrowgauge.norm import _arguments, _modulated
 from narrowgauge.norm._arguments import packed
 from narrowgauge.norm._reference import compute_dtype
-from narrowgauge.ops import Sample, SampleMaker, checks, differentiable, library, operator
+from narrowgauge.ops import Sample, SampleMaker, checks, differentiable, library, operator, system
 
 ACTIVATIONS = ("silu", "sigmoid")
 
@@ -39,7 +39,8 @@ def _calls(make: SampleMaker) -> Iterator[tuple[tuple[Any, ...], str]]:
     wide = torch.float64 if make.dtype == torch.float64 else torch.float32
 
     def call(shape: tuple[int, ...], *, weight: bool = True, bias: bool = False, group: int | None = None,
-             first: bool = False, activation: str = "silu", dtype: torch.dtype | None = None) -> tuple[Any, ...]:  # fmt: skip
+             first: bool = False, activation: str = "silu",
+             dtype: torch.dtype | None = None) -> tuple[Any, ...]:  # fmt: skip
         d = shape[-1]
         parameters = [make(d, dtype=dtype) if wanted else None for wanted in (weight, bias)]
         return make(*shape), make(*shape), *parameters, 1e-5, group or d, first, activation
@@ -297,3 +298,16 @@ class GatedRMSNorm(nn.Module):
             f"norm_before_gate={self.norm_before_gate}, activation={self.activation!r}, "
             f"bias={self.bias is not None}"
         )
+
+
+system(
+    "gated_rms_norm",
+    title="Gated RMSNorm",
+    source="arXiv 2405.21060",
+    page="norm/gated.md",
+    functions=("gated_rms_norm",),
+    modules=("GatedRMSNorm",),
+    operators=("gated_rms_norm", "gated_rms_norm_backward"),
+    golden=("gated_rmsnorm",),
+    bench=("gated_rms_norm",),
+)

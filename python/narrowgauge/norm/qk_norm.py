@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from narrowgauge.norm import _modulated
 from narrowgauge.norm._arguments import packed
 from narrowgauge.norm._reference import compute_dtype
-from narrowgauge.ops import Sample, SampleMaker, checks, differentiable, operator
+from narrowgauge.ops import Sample, SampleMaker, checks, differentiable, operator, system
 
 
 def _rotated(n: Tensor, interleaved: bool) -> Tensor:
@@ -38,8 +38,9 @@ def _calls(make: SampleMaker) -> Iterator[tuple[tuple[Any, ...], str]]:
     """Arguments of the forward, and why."""
     wide = torch.float64 if make.dtype == torch.float64 else torch.float32
 
-    def call(shape: tuple[int, ...], *, weight: tuple[int, ...] | None = None, table: tuple[int, ...] | None = None,
-             interleaved: bool = False, offset: float = 0.0, dtype: torch.dtype | None = None) -> tuple[Any, ...]:  # fmt: skip
+    def call(shape: tuple[int, ...], *, weight: tuple[int, ...] | None = None,
+             table: tuple[int, ...] | None = None, interleaved: bool = False, offset: float = 0.0,
+             dtype: torch.dtype | None = None) -> tuple[Any, ...]:  # fmt: skip
         tables = [None, None] if table is None else [make(*table, shape[-1], dtype=dtype) for _ in range(2)]
         scale = None if weight is None else make(*weight, shape[-1], dtype=dtype)
         return make(*shape), scale, *tables, 1e-5, offset, interleaved
@@ -129,9 +130,7 @@ def _setup(ctx: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, cos, sin = ctx.saved_tensors
     _, for_weight, for_cos, for_sin, *_ = ctx.needs_input_grad
-    dx, dweight = head_rms_norm_backward_op(
-        dy.contiguous(), x, weight, cos, sin, *ctx.options, for_weight
-    )
+    dx, dweight = head_rms_norm_backward_op(dy.contiguous(), x, weight, cos, sin, *ctx.options, for_weight)
     dcos = dsin = None
     if for_cos or for_sin:
         # Tables are constants nearly always; learned ones have their gradient from plain PyTorch.
@@ -144,9 +143,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dweight if for_weight else None, dcos, dsin, None, None, None
 
 
-_head_rms_norm = differentiable(
-    head_rms_norm_op, forward=head_rms_norm_op, setup=_setup, backward=_gradients
-)
+_head_rms_norm = differentiable(head_rms_norm_op, forward=head_rms_norm_op, setup=_setup, backward=_gradients)
 
 
 def _table(function: str, name: str, table: Tensor, x: Tensor, x_name: str, interleaved: bool) -> Tensor:
@@ -302,7 +299,9 @@ class QKNorm(nn.Module):
         super().__init__()
         checks.check_eps("QKNorm", eps)
         if num_kv_heads is not None and num_heads is None:
-            raise ValueError("QKNorm: num_kv_heads needs num_heads; without both, one weight serves all heads")
+            raise ValueError(
+                "QKNorm: num_kv_heads needs num_heads; without both, one weight serves all heads"
+            )
         self.head_dim, self.num_heads = head_dim, num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.eps, self.weight_offset, self.interleaved = eps, weight_offset, interleaved
@@ -339,3 +338,18 @@ class QKNorm(nn.Module):
             f"{self.head_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, eps={self.eps}, "
             f"weight_offset={self.weight_offset}, interleaved={self.interleaved}"
         )
+
+
+system(
+    "qk_norm",
+    title="QK-norm and per-head RMSNorm, with rotary embedding",
+    source="arXiv 2010.04245, arXiv 2104.09864",
+    page="norm/qk_norm.md",
+    functions=("head_rms_norm", "qk_norm"),
+    modules=("QKNorm",),
+    operators=("head_rms_norm", "head_rms_norm_backward"),
+    bench=("qk_norm",),
+    reasons={
+        "golden": "no recorded numbers of the authors' code; the tests compare with plain PyTorch in float64"
+    },
+)
