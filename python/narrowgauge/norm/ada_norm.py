@@ -51,10 +51,10 @@ def _calls(make: SampleMaker) -> Iterator[tuple[tuple[Any, ...], str]]:
         return make(*shape), *parameters, 1e-5, centred
 
     yield call((4, 9), (4,), centred=False), "a vector for each token"
-    yield call((2, 5, 17), (2,), shift=False, centred=False), "odd rows, scale alone"
+    yield call((3, 5, 17), (3,), shift=False, centred=False), "odd rows, scale alone"
     yield call((2, 2, 3, 8), (2,)), "four dimensions"
     yield call((6, 40), ()), "one vector for all"
-    yield call((3, 5, 16), (3,), dtype=wide), "a vector for each sample, wide"
+    yield call((5, 3, 16), (5,), dtype=wide), "a vector for each sample, wide"
     yield call((2, 70, 33), (2,)), "enough rows for several partial sums of each sample"
     yield call((3, 4, 48), (3, 4), dtype=wide), "a wide vector for each token"
     yield call((0, 4, 8), (0,)), "no samples"

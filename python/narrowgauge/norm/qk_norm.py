@@ -50,7 +50,7 @@ def _calls(make: SampleMaker) -> Iterator[tuple[tuple[Any, ...], str]]:
     yield call((2, 3, 2, 6), table=(2, 3), interleaved=True), "pairs side by side, positions of each sample"
     yield call((3, 2, 10), weight=(2,), table=(3,), interleaved=True, offset=1.0), "zero-centred, odd pairs"
     yield call((5, 3, 8), weight=(), table=(5,), dtype=wide), "halves, wide tables"
-    yield call((35, 2, 33), weight=(2,)), "odd rows, enough of them for several partial sums"
+    yield call((35, 3, 33), weight=(3,)), "odd rows, enough of them for several partial sums"
     yield call((2, 3, 130), weight=(), table=(2,)), "halves that no vector divides"
     yield call((2, 4, 2, 64), weight=(), table=(4,), interleaved=True), "vectors of pairs"
     yield call((2, 9, 32), weight=(9,), table=(2,)), "vectors of halves"

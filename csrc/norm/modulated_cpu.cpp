@@ -1,0 +1,482 @@
+// CPU kernels of the norms in modulated.h.
+//
+// A row is read from memory once and stays in the first-level cache for the passes that follow; what is costly to
+// compute again (the gate, the turned gradient) is kept beside it in scratch rows. Types: X of x, D of dy, R of the
+// residual; the arithmetic is in A = float (double for double).
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "common/math.h"
+#include "common/row_cpu.h"
+#include "norm/modulated.h"
+
+NG_NAMESPACE_BEGIN
+namespace {
+
+// A pack or a scalar from p on, by the type V of what is wanted.
+template <class V, class T>
+NG_HOST_DEVICE V at(const T* p) {
+    if constexpr (std::is_floating_point_v<V>) {
+        return static_cast<V>(to_compute(*p));
+    } else {
+        return load_pack(p);
+    }
+}
+template <class T, class V>
+NG_HOST_DEVICE void put(T* p, V v) {
+    if constexpr (std::is_floating_point_v<V>) {
+        *p = from_compute<T>(static_cast<compute_t<T>>(v));
+    } else {
+        store_pack(p, v);
+    }
+}
+
+// body(v, j) for a row in packs, then in scalars: v says by its type which.
+template <class A, class Body>
+NG_HOST_DEVICE void for_lanes(int64_t columns, const Body& body) {
+    for_row<A>(columns, [&](int64_t j) { body(typename Simd<A>::Pack{}, j); }, [&](int64_t j) { body(A{}, j); });
+}
+
+// The sums of the N values that term(v, j, values) gives.
+template <class A, int N, class Term>
+NG_HOST_DEVICE void sum_lanes_of(int64_t columns, A (&totals)[N], const Term& term) {
+    using Pack = typename Simd<A>::Pack;
+    constexpr int lanes = Simd<A>::lanes;
+    Pack even[N] = {}, odd[N] = {};
+    int64_t j = 0;
+    for (; j + 2 * lanes <= columns; j += 2 * lanes) {
+        Pack values[N];
+        term(Pack{}, j, values);
+        for (int i = 0; i < N; ++i) even[i] += values[i];
+        term(Pack{}, j + lanes, values);
+        for (int i = 0; i < N; ++i) odd[i] += values[i];
+    }
+    for (int i = 0; i < N; ++i) totals[i] = sum_lanes(even[i] + odd[i]);
+    for (; j < columns; ++j) {
+        A values[N];
+        term(A{}, j, values);
+        for (int i = 0; i < N; ++i) totals[i] += values[i];
+    }
+}
+
+// Vectors of parameters, widened a block at a time where rows ask for them.
+template <class A>
+class Widened {
+  public:
+    Widened(const Modulation& args, const void* source, DType type, A offset, A absent, bool one = false)
+        : source_(source),
+          type_(type),
+          offset_(offset),
+          columns_(args.columns),
+          vectors_(source != nullptr && !one ? args.vectors : 1),
+          block_(source != nullptr && !one ? vectors_together(args) : 1),
+          values_(block_ * columns_) {
+        if (source != nullptr && !one) return;
+        A value = absent;
+        if (one) widened(source, type, offset, absent, 1, &value);
+        std::fill_n(values_.get(), columns_, value);
+        first_ = 0;
+    }
+    const A* of(int64_t vector) {
+        if (vectors_ == 1 && first_ == 0) return values_.get();
+        if (first_ < 0 || vector < first_ || vector >= first_ + block_) {
+            first_ = vector / block_ * block_;
+            const int64_t count = std::min(block_, vectors_ - first_) * columns_;
+            const char* begin = static_cast<const char*>(source_) + first_ * columns_ * size_of(type_);
+            widened(begin, type_, offset_, A(0), count, values_.get());
+        }
+        return values_.get() + (vector - first_) * columns_;
+    }
+
+  private:
+    const void* source_;
+    DType type_;
+    A offset_;
+    int64_t columns_, vectors_, block_, first_ = -1;
+    Scratch<A> values_;
+};
+
+// cos and sin of one position after another, widened.
+template <class A>
+class Tables {
+  public:
+    explicit Tables(const Modulation& args) : args_(args), values_(args.cos ? 2 * args.columns : 0) {}
+    void select(int64_t row) {
+        const int64_t position = row / args_.heads % args_.positions;
+        if (position == position_) return;
+        position_ = position;
+        const int64_t offset = position * args_.columns * size_of(args_.table_type);
+        for (int i = 0; i < 2; ++i) {
+            const void* table = static_cast<const char*>(i == 0 ? args_.cos : args_.sin) + offset;
+            widened(table, args_.table_type, A(0), A(0), args_.columns, values_.get() + i * args_.columns);
+        }
+    }
+    const A* cos() const { return values_.get(); }
+    const A* sin() const { return values_.get() + args_.columns; }
+
+  private:
+    const Modulation& args_;
+    int64_t position_ = -1;
+    Scratch<A> values_;
+};
+
+// Each element becomes the other one of its pair.
+NG_HOST_DEVICE F32x8 swap_pairs(F32x8 v) { return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6); }
+NG_HOST_DEVICE F64x4 swap_pairs(F64x4 v) { return __builtin_shufflevector(v, v, 1, 0, 3, 2); }
+
+// Writes a * cos + sign * rotated(b), where n(v, j) gives the values of consecutive channels: of a row n of the forward
+// a = n and rotated(n) is multiplied by sin, in the backward the product with sin is turned (`back`).
+template <class A, class Out, class Values>
+NG_HOST_DEVICE void rotate(const Modulation& args, const A* cos, const A* sin, bool back, Out* out, const Values& n) {
+    using Pack = typename Simd<A>::Pack;
+    constexpr int lanes = Simd<A>::lanes;
+    // y_first = a cos_first - b (sin of y_first's channel; of b's channel when turning back), likewise with + for b.
+    const A sign = back ? A(-1) : A(1);
+    if (!args.interleaved) {
+        const int64_t half = args.columns / 2;
+        for_lanes<A>(half, [&](auto v, int64_t j) {
+            using V = decltype(v);
+            const V a = n(v, j), b = n(v, j + half);
+            const V sin_a = at<V>(sin + j + (back ? half : 0)), sin_b = at<V>(sin + j + (back ? 0 : half));
+            put(out + j, a * at<V>(cos + j) - sign * (b * sin_a));
+            put(out + j + half, b * at<V>(cos + j + half) + sign * (a * sin_b));
+        });
+        return;
+    }
+    Pack signs;
+    for (int k = 0; k < lanes; ++k) signs[k] = k % 2 == 0 ? -sign : sign;
+    int64_t j = 0;
+    for (; j + lanes <= args.columns; j += lanes) {
+        const Pack own = n(Pack{}, j), sines = at<Pack>(sin + j);
+        const Pack turned = back ? swap_pairs(own * sines) : swap_pairs(own) * sines;
+        put(out + j, own * at<Pack>(cos + j) + signs * turned);
+    }
+    for (; j < args.columns; j += 2) {
+        const A a = n(A{}, j), b = n(A{}, j + 1);
+        put(out + j, a * cos[j] - sign * (b * sin[back ? j + 1 : j]));
+        put(out + j + 1, b * cos[j + 1] + sign * (a * sin[back ? j : j + 1]));
+    }
+}
+
+template <class A>
+A factor_of(const Modulation& args, A squares) {
+    const A eps = static_cast<A>(args.eps);
+    if (args.statistic == Statistic::none) return A(1);
+    if (args.statistic != Statistic::l2) {
+        return A(1) / std::sqrt(squares / static_cast<A>(args.columns) + eps);
+    }
+    const A length = std::sqrt(squares);
+    return A(1) / (length < eps ? eps : length);  // NaN stays NaN
+}
+
+template <class V>
+NG_HOST_DEVICE V act(V z, bool silu) {
+    const V sigma = sigmoid(z);
+    return silu ? z * sigma : sigma;
+}
+
+// Mean (of layer) and sum of squares of the row that s(v, j) gives.
+template <class A, class Values>
+NG_HOST_DEVICE Moments<A> moments_of(const Modulation& args, const Values& s) {
+    using Pack = typename Simd<A>::Pack;
+    if (args.statistic == Statistic::layer) {
+        return row_moments<A>(
+            args.columns, [&](int64_t j) { return s(Pack{}, j); }, [&](int64_t j) { return s(A{}, j); });
+    }
+    A squares[1] = {0};
+    if (args.statistic != Statistic::none) {
+        sum_lanes_of<A>(args.columns, squares, [&](auto v, int64_t j, auto& values) {
+            const auto x = s(v, j);
+            values[0] = x * x;
+        });
+    }
+    return {0, squares[0]};
+}
+
+template <class X, class R, Around around>
+void forward_rows(const ModulatedForward& args, int64_t begin, int64_t end) {
+    using A = compute_t<X>;
+    constexpr bool kept_apart = around == Around::gate || around == Around::residual;
+    const int64_t columns = args.columns;
+    Widened<A> weights(args, args.weight, args.weight_type, static_cast<A>(args.weight_offset), A(1),
+                       args.one_weight);
+    Widened<A> biases(args, args.bias, args.bias_type, A(0), A(0));
+    Widened<A> gates(args, args.gate, args.gate_type, A(0), A(1));
+    Tables<A> tables(args);
+    Scratch<A> scratch(kept_apart ? columns : 0);
+    A* kept = scratch.get();
+
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t vector = row / args.run % args.vectors;
+        const X* x = row_of<X>(args.x, row, columns);
+        X* y = args.y ? row_of<X>(args.y, row, columns) : nullptr;
+        if constexpr (around == Around::gate) {
+            const X* z = row_of<X>(args.z, row, columns);
+            for_lanes<A>(columns, [&](auto v, int64_t j) {
+                using V = decltype(v);
+                put(kept + j, args.norm_first ? at<V>(x + j) : at<V>(x + j) * act(at<V>(z + j), args.silu));
+            });
+        }
+        if constexpr (around == Around::residual) {
+            const R* residual = row_of<R>(args.residual, row, columns);
+            R* residual_out = row_of<R>(args.residual_out, row, columns);
+            const A* gate = gates.of(vector);
+            for_lanes<A>(columns, [&](auto v, int64_t j) {
+                using V = decltype(v);
+                const V s = at<V>(residual + j) + at<V>(gate + j) * at<V>(x + j);
+                put(residual_out + j, s);
+                put(kept + j, s);
+            });
+            if (args.y == nullptr) continue;
+        }
+        const auto s = [&](auto v, int64_t j) {
+            using V = decltype(v);
+            if constexpr (kept_apart) {
+                return at<V>(kept + j);
+            } else {
+                return at<V>(x + j);
+            }
+        };
+        const Moments<A> moments = moments_of<A>(args, s);
+        const A factor = factor_of(args, moments.sum_of_squares), mean = moments.mean;
+        const A* weight = weights.of(vector);
+        const A* bias = biases.of(vector);
+        const auto n = [&](auto v, int64_t j) {
+            using V = decltype(v);
+            return (s(v, j) - mean) * factor * at<V>(weight + j) + at<V>(bias + j);
+        };
+        if constexpr (around == Around::rotation) {
+            tables.select(row);
+            rotate(args, tables.cos(), tables.sin(), false, y, n);
+        } else if (around == Around::gate && args.norm_first) {
+            const X* z = row_of<X>(args.z, row, columns);
+            for_lanes<A>(columns, [&](auto v, int64_t j) {
+                using V = decltype(v);
+                put(y + j, n(v, j) * act(at<V>(z + j), args.silu));
+            });
+        } else {
+            for_lanes<A>(columns, [&](auto v, int64_t j) {
+                __builtin_prefetch(x + columns + j);  // the next row, while this one is computed
+                put(y + j, n(v, j));
+            });
+        }
+    }
+}
+
+template <class A>
+void write_sums(void* target, DType type, int64_t offset, const A* sums, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) {
+        if constexpr (std::is_same_v<A, double>) {
+            static_cast<double*>(target)[offset + j] = sums[j];
+        } else if (type == DType::bfloat16) {
+            static_cast<bf16*>(target)[offset + j] = from_float<bf16>(sums[j]);
+        } else if (type == DType::float16) {
+            static_cast<f16*>(target)[offset + j] = from_float<f16>(sums[j]);
+        } else {
+            static_cast<float*>(target)[offset + j] = sums[j];
+        }
+    }
+}
+
+template <class X, class D, Around around>
+void backward_pieces(const ModulatedBackward& args, int64_t begin, int64_t end) {
+    using A = compute_t<X>;
+    const int64_t columns = args.columns, block = vectors_together(args);
+    const int64_t blocks = (args.vectors + block - 1) / block, of_vector = args.rows / args.vectors;
+    const bool norm_first = args.norm_first, centred = args.statistic == Statistic::layer;
+    Widened<A> weights(args, args.weight, args.weight_type, static_cast<A>(args.weight_offset), A(1),
+                       args.one_weight);
+    Widened<A> biases(args, args.bias, args.bias_type, A(0), A(0));
+    Tables<A> tables(args);
+    constexpr int scratch_rows = around == Around::gate ? 4 : around == Around::rotation ? 1 : 0;
+    Scratch<A> scratch(scratch_rows * columns), sums(2 * block * columns);
+    const int64_t next = around == Around::gate ? columns : 0;
+    A *const dn_row = scratch.get(), *const s_row = dn_row + next;
+    A *const first_factor = s_row + next, *const second_factor = first_factor + next;  // of dx and dz
+
+    for (int64_t item = begin; item < end; ++item) {
+        const int64_t piece = item / blocks, first_vector = item % blocks * block;
+        const int64_t count = std::min(block, args.vectors - first_vector);
+        std::fill_n(sums.get(), 2 * block * columns, A(0));
+        const int64_t last = of_vector * (piece + 1) / args.chunks;
+        for (int64_t number = of_vector * piece / args.chunks; number < last; ++number) {
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t vector = first_vector + i, round = number / args.run;
+                const int64_t row = (round * args.vectors + vector) * args.run + number % args.run;
+                const X* x = row_of<X>(args.x, row, columns);
+                const D* dy = row_of<D>(args.dy, row, columns);
+                const A* weight = weights.of(vector);
+                const A* bias = biases.of(vector);
+                if constexpr (around == Around::gate) {
+                    const X* z = row_of<X>(args.z, row, columns);
+                    for_lanes<A>(columns, [&](auto v, int64_t j) {
+                        using V = decltype(v);
+                        const V s = at<V>(x + j), g = at<V>(dy + j), wide_z = at<V>(z + j);
+                        const V sigma = sigmoid(wide_z), slope = sigma * (1 - sigma);
+                        const V gate = args.silu ? wide_z * sigma : sigma;
+                        const V gate_slope = args.silu ? sigma + wide_z * slope : slope;
+                        put(dn_row + j, norm_first ? g * gate : g);
+                        put(s_row + j, norm_first ? s : s * gate);
+                        put(first_factor + j, norm_first ? g * gate_slope : gate);
+                        put(second_factor + j, s * gate_slope);
+                    });
+                }
+                if constexpr (around == Around::rotation) {
+                    tables.select(row);
+                    rotate(args, tables.cos(), tables.sin(), true, dn_row,
+                           [&](auto v, int64_t j) { return at<decltype(v)>(dy + j); });
+                }
+                const auto s_of = [&](auto v, int64_t j) {
+                    if constexpr (around == Around::gate) {
+                        return at<decltype(v)>(s_row + j);
+                    } else {
+                        return at<decltype(v)>(x + j);
+                    }
+                };
+                const auto dn_of = [&](auto v, int64_t j) {
+                    if constexpr (around == Around::nothing) {
+                        return at<decltype(v)>(dy + j);
+                    } else {
+                        return at<decltype(v)>(dn_row + j);
+                    }
+                };
+
+                A mean = 0, factor = 1, mean_dot = 0, mean_sum = 0;
+                if (args.statistic != Statistic::none) {
+                    A squares = 0, dot, sum = 0;
+                    if (centred) {
+                        const Moments<A> moments = moments_of<A>(args, s_of);
+                        mean = moments.mean;
+                        squares = moments.sum_of_squares;
+                        A totals[2];
+                        sum_lanes_of<A>(columns, totals, [&](auto v, int64_t j, auto& values) {
+                            values[1] = dn_of(v, j) * at<decltype(v)>(weight + j);
+                            values[0] = values[1] * (s_of(v, j) - mean);
+                        });
+                        dot = totals[0];
+                        sum = totals[1];
+                    } else {
+                        A totals[2];
+                        sum_lanes_of<A>(columns, totals, [&](auto v, int64_t j, auto& values) {
+                            const auto s = s_of(v, j);
+                            values[0] = dn_of(v, j) * at<decltype(v)>(weight + j) * s;
+                            values[1] = s * s;
+                        });
+                        dot = totals[0];
+                        squares = totals[1];
+                    }
+                    factor = factor_of(args, squares);
+                    mean_dot = dot * factor;
+                    mean_sum = sum / static_cast<A>(columns);
+                    if (args.statistic != Statistic::l2) {
+                        mean_dot /= static_cast<A>(columns);
+                    } else if (std::sqrt(squares) < static_cast<A>(args.eps)) {
+                        mean_dot = 0;  // the divisor is the constant eps
+                    }
+                }
+
+                X* dx = row_of<X>(args.dx, row, columns);
+                A* dweight = sums.get() + 2 * i * columns;
+                A* dbias = dweight + columns;
+                const X* dresidual = args.dresidual ? row_of<X>(args.dresidual, row, columns) : nullptr;
+                const auto write = [&](auto with_residual, auto with_sums) {
+                    for_lanes<A>(columns, [&](auto v, int64_t j) {
+                        using V = decltype(v);
+                        const V dn = dn_of(v, j), x_hat = (s_of(v, j) - mean) * factor, w = at<V>(weight + j);
+                        V d = dn * w;
+                        if (args.statistic != Statistic::none) d = (d - x_hat * mean_dot - mean_sum) * factor;
+                        if constexpr (around == Around::gate) {
+                            const V first = at<V>(first_factor + j);
+                            const V dz = norm_first ? first * (x_hat * w + at<V>(bias + j))
+                                                    : d * at<V>(second_factor + j);
+                            put(row_of<X>(args.dz, row, columns) + j, dz);
+                            d = norm_first ? d : d * first;
+                        }
+                        if constexpr (with_residual) d += at<V>(dresidual + j);
+                        put(dx + j, d);
+                        if constexpr (with_sums) {
+                            put(dweight + j, at<V>(dweight + j) + dn * x_hat);
+                            put(dbias + j, at<V>(dbias + j) + dn);
+                        }
+                    });
+                };
+                const auto choose_sums = [&](auto with_residual) {
+                    if (args.dweight || args.dbias) {
+                        write(with_residual, std::true_type{});
+                    } else {
+                        write(with_residual, std::false_type{});
+                    }
+                };
+                if (around == Around::nothing && dresidual) {
+                    choose_sums(std::bool_constant<around == Around::nothing>{});
+                } else {
+                    choose_sums(std::false_type{});
+                }
+            }
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t offset = (piece * args.vectors + first_vector + i) * columns;
+            const A* dweight = sums.get() + 2 * i * columns;
+            if (args.dweight) write_sums(args.dweight, args.dweight_type, offset, dweight, columns);
+            if (args.dbias) write_sums(args.dbias, args.dbias_type, offset, dweight + columns, columns);
+        }
+    }
+}
+
+template <class X, class R>
+void forward_around(const ModulatedForward& args, Around around, int64_t begin, int64_t end) {
+    if (around == Around::residual) return forward_rows<X, R, Around::residual>(args, begin, end);
+    if constexpr (std::is_same_v<X, R>) {
+        if (around == Around::gate) return forward_rows<X, X, Around::gate>(args, begin, end);
+        if (around == Around::rotation) return forward_rows<X, X, Around::rotation>(args, begin, end);
+        return forward_rows<X, X, Around::nothing>(args, begin, end);
+    }
+}
+
+template <class X, class D>
+void backward_around(const ModulatedBackward& args, Around around, int64_t begin, int64_t end) {
+    if constexpr (std::is_same_v<X, D>) {
+        if (around == Around::gate) return backward_pieces<X, X, Around::gate>(args, begin, end);
+        if (around == Around::rotation) return backward_pieces<X, X, Around::rotation>(args, begin, end);
+    }
+    return backward_pieces<X, D, Around::nothing>(args, begin, end);
+}
+
+}  // namespace
+
+void modulated_forward_rows(const ModulatedForward& args, Around around, int64_t begin, int64_t end) {
+    const bool wide = around == Around::residual && args.residual_type == DType::float32;
+    switch (args.x_type) {
+        case DType::float64:
+            return forward_around<double, double>(args, around, begin, end);
+        case DType::bfloat16:
+            return wide ? forward_around<bf16, float>(args, around, begin, end)
+                        : forward_around<bf16, bf16>(args, around, begin, end);
+        case DType::float16:
+            return wide ? forward_around<f16, float>(args, around, begin, end)
+                        : forward_around<f16, f16>(args, around, begin, end);
+        default:
+            return forward_around<float, float>(args, around, begin, end);
+    }
+}
+
+void modulated_backward_pieces(const ModulatedBackward& args, Around around, int64_t begin, int64_t end) {
+    const bool wide = args.dy_type == DType::float32;
+    switch (args.x_type) {
+        case DType::float64:
+            return backward_around<double, double>(args, around, begin, end);
+        case DType::bfloat16:
+            return wide ? backward_around<bf16, float>(args, around, begin, end)
+                        : backward_around<bf16, bf16>(args, around, begin, end);
+        case DType::float16:
+            return wide ? backward_around<f16, float>(args, around, begin, end)
+                        : backward_around<f16, f16>(args, around, begin, end);
+        default:
+            if (args.dy_type == DType::bfloat16) return backward_around<float, bf16>(args, around, begin, end);
+            if (args.dy_type == DType::float16) return backward_around<float, f16>(args, around, begin, end);
+            return backward_around<float, float>(args, around, begin, end);
+    }
+}
+
+NG_NAMESPACE_END
