@@ -1,23 +1,27 @@
 // Modulated norms (AdaLN) and the gated residual: the bindings.
+#include <type_traits>
+
 #include "norm/modulated_binding.h"
 
 namespace narrowgauge {
 namespace {
 
-void check_modulation(const OptionalTensor& parameter, const Tensor& x, const char* name) {
+// In the backward x may be a wide residual stream, and the parameters narrower than it.
+void check_modulation(const OptionalTensor& parameter, const Tensor& x, const char* name, bool backward) {
     if (!parameter) return;
     check_leading(*parameter, x, name);
-    NG_CHECK(is_floating(dtype(*parameter)) &&
-                 (dtype(*parameter) == DType::float64) == (dtype(x) == DType::float64),
-             name, " must be floating-point, and float64 beside float64 only");
+    const DType type = dtype(*parameter);
+    NG_CHECK(is_companion(type, dtype(x)) || (backward && is_companion(dtype(x), type)), name,
+             " must have the dtype of x or float32");
 }
 
 template <class Args>
 Args arguments(const Tensor& x, const Tensor& scale, const OptionalTensor& shift, double eps, bool centred) {
     Args args =
         modulation<Args>(x, OptionalTensor(scale), shift, eps, centred ? Statistic::layer : Statistic::rms);
-    check_modulation(scale, x, "scale");
-    check_modulation(shift, x, "shift");
+    constexpr bool backward = std::is_same_v<Args, ModulatedBackward>;
+    check_modulation(scale, x, "scale", backward);
+    check_modulation(shift, x, "shift", backward);
     NG_CHECK(!shift || same_sizes(*shift, scale), "shift must have the shape of scale");
     args.weight_offset = 1;
     set_leading(args, scale);
@@ -28,7 +32,7 @@ void set_residual(ModulatedForward& args, const Tensor& x, const Tensor& residua
     check_layout(residual, x, "residual");
     NG_CHECK(same_sizes(residual, x), "residual must have the shape of x");
     NG_CHECK(is_companion(dtype(residual), dtype(x)), "residual must have the dtype of x or float32");
-    check_modulation(gate, x, "gate");
+    check_modulation(gate, x, "gate", false);
     args.residual = data(residual);
     args.residual_type = dtype(residual);
     args.gate = data(gate);
@@ -76,7 +80,7 @@ std::tuple<Tensor, Tensor> gated_residual_backward(const Tensor& dy, const Tenso
                                                    bool gate_gradient) {
     const OptionalTensor weight(gate);
     auto args = modulation<ModulatedBackward>(x, weight, {}, 0, Statistic::none);
-    check_modulation(gate, x, "gate");
+    check_modulation(gate, x, "gate", true);
     check_gradient(dy, x);
     set_leading(args, gate);
     Tensor dx = empty(sizes_of(x), dtype(x), x), dgate = gradient_of(weight, gate_gradient, x);

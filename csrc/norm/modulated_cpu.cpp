@@ -125,38 +125,41 @@ class Tables {
 NG_HOST_DEVICE F32x8 swap_pairs(F32x8 v) { return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6); }
 NG_HOST_DEVICE F64x4 swap_pairs(F64x4 v) { return __builtin_shufflevector(v, v, 1, 0, 3, 2); }
 
-// Writes a * cos + sign * rotated(b), where n(v, j) gives the values of consecutive channels: of a row n of the forward
-// a = n and rotated(n) is multiplied by sin, in the backward the product with sin is turned (`back`).
+// Writes n * cos + rotated(n) * sin for the row that n(v, j) gives; with `back`, n * cos - rotated(n * sin), the
+// transpose. All of it is sums: of a difference beside a sum GCC makes a fused operation, -ffp-contract=off or not.
 template <class A, class Out, class Values>
 NG_HOST_DEVICE void rotate(const Modulation& args, const A* cos, const A* sin, bool back, Out* out, const Values& n) {
     using Pack = typename Simd<A>::Pack;
     constexpr int lanes = Simd<A>::lanes;
-    // y_first = a cos_first - b (sin of y_first's channel; of b's channel when turning back), likewise with + for b.
     const A sign = back ? A(-1) : A(1);
     if (!args.interleaved) {
-        const int64_t half = args.columns / 2;
+        const int64_t half = args.columns / 2, other = back ? half : 0;  // where the sine of a pair's first channel is
         for_lanes<A>(half, [&](auto v, int64_t j) {
             using V = decltype(v);
             const V a = n(v, j), b = n(v, j + half);
-            const V sin_a = at<V>(sin + j + (back ? half : 0)), sin_b = at<V>(sin + j + (back ? 0 : half));
-            put(out + j, a * at<V>(cos + j) - sign * (b * sin_a));
-            put(out + j + half, b * at<V>(cos + j + half) + sign * (a * sin_b));
+            put(out + j, a * at<V>(cos + j) + b * at<V>(sin + j + other) * -sign);
+            put(out + j + half, b * at<V>(cos + j + half) + a * at<V>(sin + j + half - other) * sign);
         });
         return;
     }
     Pack signs;
     for (int k = 0; k < lanes; ++k) signs[k] = k % 2 == 0 ? -sign : sign;
+    const auto turned = [&](Pack own, Pack cosines, Pack sines) {
+        return own * cosines + signs * (back ? swap_pairs(own * sines) : swap_pairs(own) * sines);
+    };
     int64_t j = 0;
     for (; j + lanes <= args.columns; j += lanes) {
-        const Pack own = n(Pack{}, j), sines = at<Pack>(sin + j);
-        const Pack turned = back ? swap_pairs(own * sines) : swap_pairs(own) * sines;
-        put(out + j, own * at<Pack>(cos + j) + signs * turned);
+        put(out + j, turned(n(Pack{}, j), at<Pack>(cos + j), at<Pack>(sin + j)));
     }
-    for (; j < args.columns; j += 2) {
-        const A a = n(A{}, j), b = n(A{}, j + 1);
-        put(out + j, a * cos[j] - sign * (b * sin[back ? j + 1 : j]));
-        put(out + j + 1, b * cos[j + 1] + sign * (a * sin[back ? j : j + 1]));
+    if (j == args.columns) return;
+    Pack own = {}, cosines = {}, sines = {};
+    for (int64_t k = 0; j + k < args.columns; ++k) {
+        own[k] = n(A{}, j + k);
+        cosines[k] = cos[j + k];
+        sines[k] = sin[j + k];
     }
+    const Pack result = turned(own, cosines, sines);
+    for (int64_t k = 0; j + k < args.columns; ++k) put(out + j + k, A(result[k]));
 }
 
 template <class A>

@@ -210,6 +210,7 @@ def gated_rms_norm(
     name = "gated_rms_norm"
     sizes = _arguments.last_size(name, x)
     _arguments.check(name, x, sizes, weight, bias, eps, None)
+    _modulated.check_tensor(name, "z", z)
     checks.check_floating(name, z=z)
     checks.check_same_device(name, "x", x, z=z)
     _modulated.check_same(name, x, z=z)
