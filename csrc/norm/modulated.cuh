@@ -1,7 +1,7 @@
 // CUDA kernels of the norms in modulated.h. How rows lie on threads: common/row.cuh.
 //
-// Bytes for each element of x, in units of its size: forward 1 read and 1 written, one more read for a gate, one more
-// of each for a residual; backward 2 read and 1 written, one more of each for a gate.
+// Bytes for each element of x, in units of its size: forward 1 read and 1 written, one more read for a gate,
+// one more of each for a residual; backward 2 read and 1 written, one more of each for a gate.
 #pragma once
 
 #include <algorithm>
@@ -92,8 +92,9 @@ struct RowParameters {
     __device__ __forceinline__ bool first_of_pair(int64_t j, int k) const {
         return interleaved ? (j + k) % 2 == 0 : j + k < columns / 2;
     }
-    // others[k] is the value of the other channel of the pair of channel j + k, where load(j, values) gives those of
-    // consecutive channels and `own` is what it gave for j. A vector never straddles the middle of the row.
+    // others[k] is the value of the other channel of the pair of channel j + k, where load(j, values) gives
+    // those of consecutive channels and `own` is what it gave for j. A vector never straddles the middle of
+    // the row.
     template <class Load>
     __device__ __forceinline__ void load_others(int64_t j, const A (&own)[Width], A (&others)[Width],
                                                 Load&& load) const {
@@ -121,8 +122,8 @@ __device__ __forceinline__ A factor_of(const Modulation& args, A squares) {
 // --- forward -------------------------------------------------------------------------------------
 
 template <class X, int Width, int Vectors, Around around>
-__global__ void __launch_bounds__(512, 1) modulated_forward_kernel(ModulatedForward args,
-                                                                    int threads_per_row) {
+__global__ void __launch_bounds__(512, 1)
+    modulated_forward_kernel(ModulatedForward args, int threads_per_row) {
     using A = compute_t<X>;
     SharedArena arena;
     const Shared<A> partials = arena.template take<A>(max_warps);
@@ -215,17 +216,18 @@ __global__ void __launch_bounds__(512, 1) modulated_forward_kernel(ModulatedForw
 
 // --- backward ------------------------------------------------------------------------------------
 
-// What a thread holds of a vector's worth of one row; gate and slope belong to the gate, and cost nothing without one.
+// What a thread holds of a vector's worth of one row; gate and slope belong to the gate, and cost nothing
+// without one.
 template <class A, int Width>
 struct Terms {
     A x[Width], g[Width], gate[Width], slope[Width];
 };
 
-// Group c walks over piece c / vectors of the rows of vector c % vectors, and writes row c of the sums. With Vectors =
-// 0 it adds to that row as it goes, each thread to its own columns.
+// Group c walks over piece c / vectors of the rows of vector c % vectors, and writes row c of the sums. With
+// Vectors = 0 it adds to that row as it goes, each thread to its own columns.
 template <class X, int Width, int Vectors, Around around>
-__global__ void __launch_bounds__(512, 1) modulated_backward_kernel(ModulatedBackward args,
-                                                                     int threads_per_row) {
+__global__ void __launch_bounds__(512, 1)
+    modulated_backward_kernel(ModulatedBackward args, int threads_per_row) {
     using A = compute_t<X>;
     SharedArena arena;
     const Shared<A> partials = arena.template take<A>(max_warps);
@@ -305,8 +307,12 @@ __global__ void __launch_bounds__(512, 1) modulated_backward_kernel(ModulatedBac
                 }
             }
         };
-        const auto s_of = [&](const Terms<A, Width>& t, int k) { return gate_first ? t.x[k] * t.gate[k] : t.x[k]; };
-        const auto dn_of = [&](const Terms<A, Width>& t, int k) { return norm_first ? t.g[k] * t.gate[k] : t.g[k]; };
+        const auto s_of = [&](const Terms<A, Width>& t, int k) {
+            return gate_first ? t.x[k] * t.gate[k] : t.x[k];
+        };
+        const auto dn_of = [&](const Terms<A, Width>& t, int k) {
+            return norm_first ? t.g[k] * t.gate[k] : t.g[k];
+        };
 
         if constexpr (in_registers) {
             slice.template visit<Vectors>([&](int64_t j, int v) { load_terms(j, terms[v]); });
@@ -404,15 +410,25 @@ __global__ void __launch_bounds__(512, 1) modulated_backward_kernel(ModulatedBac
 
 namespace modulated {
 
-// Rows are held in registers where they are read in vectors; doubles never are, to keep the kernels few.
+// The backward of a gate holds four numbers for each of x besides the sums: eight elements a thread fill its
+// registers.
+constexpr Plan gate_plans[] = {{8, 8, 1},     {16, 16, 1},   {32, 32, 1},  {64, 64, 1},
+                               {128, 128, 1}, {256, 256, 1}, {512, 512, 1}};
+
+constexpr bool is_crowded(Around around, int64_t size_of_x) {
+    return around == Around::gate && size_of_x == 2;
+}
+
+// Rows are held in registers where that is worth a kernel: of doubles none are, of heads (which are short)
+// and in the crowded backward only those of one vector for each thread.
 template <class X, int Width, Around around, int Most, class F>
 void with_held(const Plan& plan, F&& f) {
     if constexpr (sizeof(X) == 8) {
         f(std::integral_constant<int, 0>{});
-    } else if constexpr (around == Around::rotation) {  // heads are short
-        with_vectors<Width == 1 ? Most : 1, 0>(Width == 1 && plan.vectors > 0 ? Most : plan.vectors, f);
     } else if constexpr (Width == 1) {
         with_vectors<Most, 0>(plan.vectors > 0 ? Most : 0, f);
+    } else if constexpr (Most == 1 || around == Around::rotation) {
+        with_vectors<1, 0>(plan.vectors, f);
     } else {
         with_vectors<1, Most, 0>(plan.vectors, f);
     }
@@ -459,7 +475,9 @@ struct Backward {
 inline Backward backward_of(const ModulatedBackward& args, Around around) {
     Backward how{};
     how.width = width_of(args, around, {args.dy, args.dresidual, args.dx, args.dz});
-    how.plan = plan_for(backward_plans, (args.columns + how.width - 1) / how.width);
+    const int64_t vectors = (args.columns + how.width - 1) / how.width;
+    how.plan = is_crowded(around, size_of(args.x_type)) ? plan_for(gate_plans, vectors)
+                                                        : plan_for(backward_plans, vectors);
     const int64_t of_vector = args.rows / args.vectors;
     how.chunks = std::clamp<int64_t>(persistent_grid(how.plan, args.rows).groups / args.vectors, 1,
                                      std::max<int64_t>(of_vector, 1));
@@ -475,7 +493,8 @@ void launch_modulated_forward(const ModulatedForward& args, Stream stream) {
     const Plan plan = plan_for(forward_plans, (args.columns + width - 1) / width);
     modulated::with_type_and_width(args.x_type, width, [&](auto x, auto wide) {
         using X = decltype(x);
-        const LaunchConfig config = one_row_per_group(plan, args.rows, max_warps * sizeof(compute_t<X>), stream);
+        const LaunchConfig config =
+            one_row_per_group(plan, args.rows, max_warps * sizeof(compute_t<X>), stream);
         modulated::with_held<X, wide, around, 4>(plan, [&](auto vectors) {
             launch(config, modulated_forward_kernel<X, wide, vectors, around>, args, plan.threads);
         });
@@ -487,9 +506,10 @@ void launch_modulated_backward(const ModulatedBackward& args, Stream stream) {
     const modulated::Backward how = modulated::backward_of(args, around);
     modulated::with_type_and_width(args.x_type, how.width, [&](auto x, auto wide) {
         using X = decltype(x);
-        const LaunchConfig config = one_row_per_group(how.plan, args.vectors * args.chunks,
-                                                      max_warps * sizeof(compute_t<X>), stream);
-        modulated::with_held<X, wide, around, 2>(how.plan, [&](auto vectors) {
+        const LaunchConfig config =
+            one_row_per_group(how.plan, args.vectors * args.chunks, max_warps * sizeof(compute_t<X>), stream);
+        constexpr int most = modulated::is_crowded(around, sizeof(X)) ? 1 : 2;
+        modulated::with_held<X, wide, around, most>(how.plan, [&](auto vectors) {
             launch(config, modulated_backward_kernel<X, wide, vectors, around>, args, how.plan.threads);
         });
     });

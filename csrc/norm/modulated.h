@@ -1,13 +1,14 @@
-// Norms whose rows are scaled by one of several vectors, with what stands around them in one pass: gated RMSNorm
-// (a vector for each group of channels), per-head RMSNorm with its rotation, AdaLN with its gated residual (a vector
-// for each sample), ScaleNorm. One family of kernels.
+// Norms whose rows are scaled by one of several vectors, with what stands around them in one pass: gated
+// RMSNorm (a vector for each group of channels), per-head RMSNorm with its rotation, AdaLN with its gated
+// residual (a vector for each sample), ScaleNorm. One family of kernels.
 //
 //     s = x,   x * act(z) where the gate comes first,   or residual + gate * x
 //     x_hat = (s - mean) * factor
 //     n = x_hat * (weight + weight_offset) + bias
 //     y = n,   n * act(z) where the norm comes first,   or n * cos + rotated(n) * sin
 //
-// The backward computes the statistics again from what it has to read anyway, so that nothing is saved for it.
+// The backward computes the statistics again from what it has to read anyway, so that nothing is saved for
+// it.
 #pragma once
 
 #include "common/cpu.h"
@@ -28,20 +29,20 @@ enum class Around : int { nothing, gate, rotation, residual };
 
 struct Modulation {
     const void* x;
-    const void* z;            // the gate's input, in the type of x
-    const void* weight;       // or null; [vectors, columns], or one element
-    const void* bias;         // or null; [vectors, columns]
-    const void *cos, *sin;    // [positions, columns]
-    int64_t rows, columns;    // x is [rows, columns]
-    int64_t vectors, run;     // row r has vector r / run % vectors,
-    int64_t heads, positions; // and row r / heads % positions of the tables
-    double per_column;        // 1 / columns
+    const void* z;             // the gate's input, in the type of x
+    const void* weight;        // or null; [vectors, columns], or one element
+    const void* bias;          // or null; [vectors, columns]
+    const void *cos, *sin;     // [positions, columns]
+    int64_t rows, columns;     // x is [rows, columns]
+    int64_t vectors, run;      // row r has vector r / run % vectors,
+    int64_t heads, positions;  // and row r / heads % positions of the tables
+    double per_column;         // 1 / columns
     double eps, weight_offset;
     Statistic statistic;
-    bool one_weight;  // weight has one element
-    bool norm_first;  // the gate multiplies the result of the norm
-    bool silu;        // act(z) = z * sigmoid(z); or sigmoid(z)
-    bool interleaved; // channels 2 i and 2 i + 1 are rotated together; or i and i + columns / 2
+    bool one_weight;   // weight has one element
+    bool norm_first;   // the gate multiplies the result of the norm
+    bool silu;         // act(z) = z * sigmoid(z); or sigmoid(z)
+    bool interleaved;  // channels 2 i and 2 i + 1 are rotated together; or i and i + columns / 2
     DType x_type, weight_type, bias_type, table_type;
 };
 
@@ -53,12 +54,13 @@ struct ModulatedForward : Modulation {
     DType residual_type, gate_type;
 };
 
-//     h = dn * (weight + weight_offset)              dn: the gradient of n, from dy through what follows the norm
-//     ds = factor * (h - mean(h) - x_hat * mean(h * x_hat)) + dresidual            the sum for l2 instead of the mean
-//     dweight = sum of dn * x_hat,    dbias = sum of dn           over the rows of each vector
+//     h = dn * (weight + weight_offset)              dn: the gradient of n, from dy through what follows the
+//     norm ds = factor * (h - mean(h) - x_hat * mean(h * x_hat)) + dresidual            the sum for l2
+//     instead of the mean dweight = sum of dn * x_hat,    dbias = sum of dn           over the rows of each
+//     vector
 //
-// The rows of a vector are cut into `chunks` pieces; row (piece, vector) of the buffers below receives its sums. Where
-// every vector has one row there is one piece, and the buffers are the results.
+// The rows of a vector are cut into `chunks` pieces; row (piece, vector) of the buffers below receives its
+// sums. Where every vector has one row there is one piece, and the buffers are the results.
 struct ModulatedBackward : Modulation {
     const void* dy;
     const void* dresidual;  // or null; in the type of x
@@ -68,7 +70,8 @@ struct ModulatedBackward : Modulation {
     DType dy_type, dweight_type, dbias_type;
 };
 
-// Consecutive vectors that the CPU kernels treat together, so that neighbouring rows are read one after the other.
+// Consecutive vectors that the CPU kernels treat together, so that neighbouring rows are read one after the
+// other.
 inline int64_t vectors_together(const Modulation& args) {
     const int64_t wanted = args.run > 1 || args.columns == 0 ? 1 : 4096 / args.columns;
     return wanted < 1 ? 1 : wanted < args.vectors ? wanted : args.vectors;

@@ -1,4 +1,5 @@
-// What the bindings of the modulated norms share: filling in the arguments, running, adding the sums of a backward.
+// What the bindings of the modulated norms share: filling in the arguments, running, adding the sums of a
+// backward.
 #pragma once
 
 #include <cmath>
@@ -23,8 +24,8 @@ inline void check_like(const Tensor& tensor, const Tensor& x, const char* name) 
 inline void check_gradient(const Tensor& dy, const Tensor& x) {
     check_layout(dy, x, "dy");
     NG_CHECK(same_sizes(dy, x), "dy must have the shape of x");
-    NG_CHECK(is_companion(dtype(dy), dtype(x)) || (dtype(x) == DType::float32 && is_floating(dtype(dy)) &&
-                                                   dtype(dy) != DType::float64),
+    NG_CHECK(is_companion(dtype(dy), dtype(x)) ||
+                 (dtype(x) == DType::float32 && is_floating(dtype(dy)) && dtype(dy) != DType::float64),
              "dy must have the dtype of x, or one of the two must be float32");
 }
 
@@ -110,7 +111,8 @@ void run_backward(ModulatedBackward& args, const Tensor& x, const OptionalTensor
     const OptionalTensor dbias_partial = sums_for(dbias, args.dbias, args.dbias_type);
 #if NARROWGAUGE_CPU
     const auto kernel = NG_CPU_POINTER(modulated_backward_pieces);
-    parallel_ranges(args.chunks * blocks, together * std::max<int64_t>(of_vector / args.chunks, 1) * args.columns,
+    parallel_ranges(args.chunks * blocks,
+                    together * std::max<int64_t>(of_vector / args.chunks, 1) * args.columns,
                     [&](int64_t begin, int64_t end) { kernel(args, around, begin, end); });
 #else
     launch_modulated_backward<around>(args, device.stream());

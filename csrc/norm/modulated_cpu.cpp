@@ -1,8 +1,8 @@
 // CPU kernels of the norms in modulated.h.
 //
-// A row is read from memory once and stays in the first-level cache for the passes that follow; what is costly to
-// compute again (the gate, the turned gradient) is kept beside it in scratch rows. Types: X of x, D of dy, R of the
-// residual; the arithmetic is in A = float (double for double).
+// A row is read from memory once and stays in the first-level cache for the passes that follow; what is
+// costly to compute again (the gate, the turned gradient) is kept beside it in scratch rows. Types: X of x, D
+// of dy, R of the residual; the arithmetic is in A = float (double for double).
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -35,7 +35,8 @@ NG_HOST_DEVICE void put(T* p, V v) {
 // body(v, j) for a row in packs, then in scalars: v says by its type which.
 template <class A, class Body>
 NG_HOST_DEVICE void for_lanes(int64_t columns, const Body& body) {
-    for_row<A>(columns, [&](int64_t j) { body(typename Simd<A>::Pack{}, j); }, [&](int64_t j) { body(A{}, j); });
+    for_row<A>(
+        columns, [&](int64_t j) { body(typename Simd<A>::Pack{}, j); }, [&](int64_t j) { body(A{}, j); });
 }
 
 // The sums of the N values that term(v, j, values) gives.
@@ -125,15 +126,18 @@ class Tables {
 NG_HOST_DEVICE F32x8 swap_pairs(F32x8 v) { return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6); }
 NG_HOST_DEVICE F64x4 swap_pairs(F64x4 v) { return __builtin_shufflevector(v, v, 1, 0, 3, 2); }
 
-// Writes n * cos + rotated(n) * sin for the row that n(v, j) gives; with `back`, n * cos - rotated(n * sin), the
-// transpose. All of it is sums: of a difference beside a sum GCC makes a fused operation, -ffp-contract=off or not.
+// Writes n * cos + rotated(n) * sin for the row that n(v, j) gives; with `back`, n * cos - rotated(n * sin),
+// the transpose. All of it is sums: of a difference beside a sum GCC makes a fused operation,
+// -ffp-contract=off or not.
 template <class A, class Out, class Values>
-NG_HOST_DEVICE void rotate(const Modulation& args, const A* cos, const A* sin, bool back, Out* out, const Values& n) {
+NG_HOST_DEVICE void rotate(const Modulation& args, const A* cos, const A* sin, bool back, Out* out,
+                           const Values& n) {
     using Pack = typename Simd<A>::Pack;
     constexpr int lanes = Simd<A>::lanes;
     const A sign = back ? A(-1) : A(1);
     if (!args.interleaved) {
-        const int64_t half = args.columns / 2, other = back ? half : 0;  // where the sine of a pair's first channel is
+        const int64_t half = args.columns / 2,
+                      other = back ? half : 0;  // where the sine of a pair's first channel is
         for_lanes<A>(half, [&](auto v, int64_t j) {
             using V = decltype(v);
             const V a = n(v, j), b = n(v, j + half);
@@ -476,7 +480,8 @@ void modulated_backward_pieces(const ModulatedBackward& args, Around around, int
             return wide ? backward_around<f16, float>(args, around, begin, end)
                         : backward_around<f16, f16>(args, around, begin, end);
         default:
-            if (args.dy_type == DType::bfloat16) return backward_around<float, bf16>(args, around, begin, end);
+            if (args.dy_type == DType::bfloat16)
+                return backward_around<float, bf16>(args, around, begin, end);
             if (args.dy_type == DType::float16) return backward_around<float, f16>(args, around, begin, end);
             return backward_around<float, float>(args, around, begin, end);
     }

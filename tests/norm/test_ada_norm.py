@@ -21,7 +21,9 @@ def by_hand(x: Tensor, scale: Tensor, shift: Tensor, centred: bool) -> Tensor:
     """The loop over samples that the definition is."""
     d = x.shape[-1:]
     norm = F.layer_norm if centred else F.rms_norm
-    return torch.stack([norm(xs, d, eps=1e-6) * (1 + s) + t for xs, s, t in zip(x, scale, shift, strict=True)])
+    return torch.stack(
+        [norm(xs, d, eps=1e-6) * (1 + s) + t for xs, s, t in zip(x, scale, shift, strict=True)]
+    )
 
 
 @each_backend
@@ -32,7 +34,9 @@ def test_equals_a_loop_over_samples(
 ) -> None:
     torch.manual_seed(shape[-1])
     samples, d = shape[0], shape[-1]
-    leaves = [torch.randn(*s, dtype=torch.float64).requires_grad_() for s in (shape, (samples, d), (samples, d))]
+    leaves = [
+        torch.randn(*s, dtype=torch.float64).requires_grad_() for s in (shape, (samples, d), (samples, d))
+    ]
     expected = by_hand(*leaves, centred)
     outer = torch.randn_like(expected)
     function = ngf.ada_layer_norm if centred else ngf.ada_rms_norm
@@ -62,7 +66,9 @@ def test_one_vector_for_each_token_or_for_all(backend: ng.ops.library.Backend) -
 
 @each_backend
 @pytest.mark.parametrize("centred", [True, False])
-def test_residual_and_norm_together_equal_the_two_apart(centred: bool, backend: ng.ops.library.Backend) -> None:
+def test_residual_and_norm_together_equal_the_two_apart(
+    centred: bool, backend: ng.ops.library.Backend
+) -> None:
     shapes = ((2, 9, 33), (2, 9, 33), (2, 33), (2, 33), (2, 33))
     leaves = [torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]
     x, residual, gate, scale, shift = leaves
@@ -170,13 +176,17 @@ def test_wrong_arguments(
 def test_wrong_residuals_and_gates(backend: ng.ops.library.Backend) -> None:
     x, gate = torch.ones(2, 5, 8), torch.ones(2, 8)
     with ng.backend(backend):
-        with pytest.raises(ValueError, match=r"gated_residual: residual has shape \(2, 4, 8\); expected that of x"):
+        with pytest.raises(
+            ValueError, match=r"gated_residual: residual has shape \(2, 4, 8\); expected that of x"
+        ):
             ngf.gated_residual(torch.ones(2, 4, 8), x, gate)
         with pytest.raises(TypeError, match="gated_residual: residual must be a tensor, got NoneType"):
             ngf.gated_residual(None, x, gate)
         with pytest.raises(ValueError, match=r"gated_residual: gate has shape \(3, 8\)"):
             ngf.gated_residual(x, x, torch.ones(3, 8))
-        with pytest.raises(ValueError, match="add_ada_rms_norm: gate has a vector for each of .* expand one"):
+        with pytest.raises(
+            ValueError, match=r"add_ada_rms_norm: gate has a vector for each of .* expand one"
+        ):
             ngf.add_ada_rms_norm(x, x, torch.ones(8), gate)
 
 
@@ -190,7 +200,9 @@ def test_modules(layer: AdaLayerNorm) -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert_near(compiled(x, scale.unsqueeze(1), shift.unsqueeze(1)), truth)
     assert repr(layer) == f"{type(layer).__name__}(24, eps=1e-06)"
-    with pytest.raises(ValueError, match=rf"{type(layer).__name__}: x has shape \(2, 5, 8\); expected \(..., 24\)"):
+    with pytest.raises(
+        ValueError, match=rf"{type(layer).__name__}: x has shape \(2, 5, 8\); expected \(..., 24\)"
+    ):
         layer(x[..., :8], scale, shift)
 
 

@@ -46,7 +46,9 @@ def test_recorded_numbers(path: Path, backend: ng.ops.library.Backend) -> None:
         torch.testing.assert_close(actual, expected, rtol=2e-6, atol=2e-6 * float(expected.abs().max()))
 
 
-def by_hand(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, groups: int, first: bool, act: Any) -> Tensor:
+def by_hand(
+    x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, groups: int, first: bool, act: Any
+) -> Tensor:
     """Group by group, with PyTorch's own norm and activation."""
     if not first:
         x = x * act(z)
@@ -64,13 +66,22 @@ def test_equals_plain_pytorch(
     d: int, groups: int, first: bool, activation: str, backend: ng.ops.library.Backend
 ) -> None:
     torch.manual_seed(d)
-    leaves = [torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((5, d), (5, d), (d,), (d,))]
+    leaves = [
+        torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((5, d), (5, d), (d,), (d,))
+    ]
     x, z, weight, bias = leaves
     expected = by_hand(x, z, weight, bias, groups, first, F.silu if activation == "silu" else torch.sigmoid)
     outer = torch.randn_like(expected)
     with ng.backend(backend):
         y = ngf.gated_rms_norm(
-            x, z, weight, 1e-5, bias=bias, group_size=d // groups, norm_before_gate=first, activation=activation
+            x,
+            z,
+            weight,
+            1e-5,
+            bias=bias,
+            group_size=d // groups,
+            norm_before_gate=first,
+            activation=activation,
         )
         actual = torch.autograd.grad(y, leaves, outer)
     assert_near(y.detach(), expected.detach())

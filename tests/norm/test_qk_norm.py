@@ -27,7 +27,9 @@ def turned(n: Tensor, angle: Tensor, interleaved: bool) -> Tensor:
     """Each pair as a complex number, multiplied by e^(i angle). n is (..., positions, heads, d)."""
     d = n.shape[-1]
     pairs = n.unflatten(-1, (d // 2, 2)) if interleaved else n.unflatten(-1, (2, d // 2)).transpose(-1, -2)
-    product = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angle), angle).unsqueeze(-2)
+    product = torch.view_as_complex(pairs.contiguous()) * torch.polar(
+        torch.ones_like(angle), angle
+    ).unsqueeze(-2)
     result = torch.view_as_real(product)
     return result.flatten(-2) if interleaved else result.transpose(-1, -2).flatten(-2)
 
@@ -41,7 +43,9 @@ def test_equals_a_norm_of_a_view_and_then_a_rotation(
 ) -> None:
     torch.manual_seed(d)
     batch, positions, heads, kv_heads = 2, 5, 4, 2
-    q, k = (torch.randn(batch, positions, h * d, dtype=torch.float64).requires_grad_() for h in (heads, kv_heads))
+    q, k = (
+        torch.randn(batch, positions, h * d, dtype=torch.float64).requires_grad_() for h in (heads, kv_heads)
+    )
     weights = [
         torch.randn(*((h, d) if per_head else (d,)), dtype=torch.float64).requires_grad_()
         for h in (heads, kv_heads)
@@ -108,7 +112,9 @@ def test_positions_of_each_sample_and_learned_tables() -> None:
     assert_near(y.detach(), expected.detach())
     outer = torch.randn_like(y)
     for a, e in zip(
-        torch.autograd.grad(y, (x, angle), outer), torch.autograd.grad(expected, (x, angle), outer), strict=True
+        torch.autograd.grad(y, (x, angle), outer),
+        torch.autograd.grad(expected, (x, angle), outer),
+        strict=True,
     ):
         assert_near(a, e)
     same = ngf.head_rms_norm(x[:1], None, cos=angle[:1].cos(), sin=angle[:1].sin())  # a table of one sample
