@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(512, 1)
     const A factor = factor_of(args, squares);
 
     const auto affine = [&](int64_t j, const A(&values)[Width], A(&y)[Width]) {
-        A weights[Width], biases[Width];
+        A weights[Width], biases[Width] = {};
         parameters.load_weight(j, weights);
         if (parameters.bias) parameters.bias.load(parameters.vector + j, biases);
 #pragma unroll
@@ -360,7 +360,7 @@ __global__ void __launch_bounds__(512, 1)
 
         visit([&](int64_t j, int v) {
             const Terms<A, Width>& t = terms[v];
-            A weights[Width], biases[Width], d[Width], dz[Width], of_weight[Width], of_bias[Width];
+            A weights[Width], biases[Width] = {}, d[Width], dz[Width];
             parameters.load_weight(j, weights);
             if (norm_first && parameters.bias) parameters.bias.load(parameters.vector + j, biases);
 #pragma unroll
@@ -369,15 +369,15 @@ __global__ void __launch_bounds__(512, 1)
                 d[k] = dn * weights[k];
                 if (args.statistic != Statistic::none) d[k] = (d[k] - x_hat * mean_dot - mean_sum) * factor;
                 if (norm_first) {
-                    const A n = x_hat * weights[k] + (parameters.bias ? biases[k] : A(0));
+                    const A n = x_hat * weights[k] + biases[k];
                     dz[k] = t.g[k] * n * t.slope[k];
                 }
                 if (gate_first) {
                     dz[k] = d[k] * t.x[k] * t.slope[k];
                     d[k] *= t.gate[k];
                 }
-                of_weight[k] = dn * x_hat;
-                of_bias[k] = dn;
+                dweight[v][k] = (in_registers ? dweight[v][k] : A(0)) + dn * x_hat;
+                dbias[v][k] = (in_registers ? dbias[v][k] : A(0)) + dn;
             }
             if (dresidual) {
                 A added[Width];
@@ -387,19 +387,13 @@ __global__ void __launch_bounds__(512, 1)
             }
             store_row<Width>(global<X>(args.dx, "dx"), base + j, d);
             if constexpr (around == Around::gate) store_row<Width>(global<X>(args.dz, "dz"), base + j, dz);
-            if (add_in_place) {
-                if (args.dweight) add(args.dweight, "dweight", j, of_weight);
-                if (args.dbias) add(args.dbias, "dbias", j, of_bias);
-                return;
-            }
-#pragma unroll
-            for (int k = 0; k < Width; ++k) {
-                dweight[v][k] += of_weight[k];
-                dbias[v][k] += of_bias[k];
-            }
-            if constexpr (!in_registers) {  // the only row of its vector
-                store_sums(j, v);
-                for (int k = 0; k < Width; ++k) dweight[v][k] = dbias[v][k] = 0;
+            if constexpr (!in_registers) {
+                if (add_in_place) {
+                    if (args.dweight) add(args.dweight, "dweight", j, dweight[v]);
+                    if (args.dbias) add(args.dbias, "dbias", j, dbias[v]);
+                } else {  // the only row of its vector
+                    store_sums(j, v);
+                }
             }
         });
     }
