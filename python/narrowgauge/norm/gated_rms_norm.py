@@ -1,6 +1,6 @@
 """Gated RMSNorm (Mamba-2, arXiv 2405.21060, and gated linear attention): an RMSNorm and the gate beside it in one pass.
 
-    y = rms(x) * weight + bias) * act(z)         norm_before_gate
+    y = (rms(x) * weight + bias) * act(z)        norm_before_gate
     y = rms(x * act(z)) * weight + bias          otherwise
 
 `act` is silu or the sigmoid. The mean square may be taken over groups of consecutive channels instead of the whole row.
