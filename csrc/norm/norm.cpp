@@ -31,21 +31,27 @@ struct Forward {
 
 Forward forward(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
                 const OptionalTensor& bias, double eps, double weight_offset, const OptionalDType& out_dtype,
-                bool centred, bool keep_statistics) {
+                bool centred, bool keep_statistics, const OptionalTensor& scale = {},
+                bool statistics_alone = false) {
     const auto [rows, columns] = check_rows(x);
     const DType x_type = dtype(x);
     NG_CHECK(eps >= 0 && std::isfinite(eps), "eps must be a finite number >= 0, got ", eps);
     check_vector(weight, "weight", x, columns);
     check_vector(bias, "bias", x, columns);
     check_residual(residual, x);
+    const DType statistics = x_type == DType::float64 ? DType::float64 : DType::float32;
+    if (scale) {
+        check_layout(*scale, x, "scale");
+        NG_CHECK(scale->numel() == rows && dtype(*scale) == statistics, "scale must hold one ",
+                 name_of(statistics), " per row");
+    }
     const DType y_type = dtype_or(out_dtype, x_type);
     NG_CHECK(is_companion(y_type, x_type), "out_dtype must be the dtype of x or float32");
 
     const std::vector<int64_t> sizes = sizes_of(x);
-    Forward out{empty(sizes, y_type, x), {}, {}, {}};
+    Forward out{empty(statistics_alone ? std::vector<int64_t>{0} : sizes, y_type, x), {}, {}, {}};
     if (residual) out.residual_out = empty(sizes, dtype(*residual), x);
     if (keep_statistics) {
-        const DType statistics = x_type == DType::float64 ? DType::float64 : DType::float32;
         const std::vector<int64_t> row_sizes(sizes.begin(), sizes.end() - 1);
         if (centred) out.mean = empty(row_sizes, statistics, x);
         out.rstd = empty(row_sizes, statistics, x);
@@ -55,7 +61,8 @@ Forward forward(const Tensor& x, const OptionalTensor& residual, const OptionalT
     args.residual = data(residual);
     args.weight = data(weight);
     args.bias = data(bias);
-    args.y = data(out.y);
+    args.scale = data(scale);
+    args.y = statistics_alone ? nullptr : data(out.y);
     args.residual_out = data(out.residual_out);
     args.mean = data(out.mean);
     args.rstd = data(out.rstd);
@@ -98,6 +105,18 @@ std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const OptionalTenso
     return {std::move(out.y), std::move(*out.rstd)};
 }
 
+std::tuple<Tensor, Tensor, Tensor> scaled_layer_norm(const Tensor& x, const Tensor& scale,
+                                                     const OptionalTensor& weight, const OptionalTensor& bias,
+                                                     double eps) {
+    Forward out = forward(x, {}, weight, bias, eps, 0.0, {}, true, true, scale);
+    return {std::move(out.y), std::move(*out.mean), std::move(*out.rstd)};
+}
+
+std::tuple<Tensor, Tensor> row_statistics(const Tensor& x, double eps) {
+    Forward out = forward(x, {}, {}, {}, eps, 0.0, {}, true, true, {}, true);
+    return {std::move(*out.mean), std::move(*out.rstd)};
+}
+
 std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual,
                                           const OptionalTensor& weight, const OptionalTensor& bias,
                                           double eps, double weight_offset, const OptionalDType& out_dtype) {
@@ -133,7 +152,8 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_forward(const Tensor& x, const T
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const OptionalTensor& mean,
                                             const Tensor& rstd, const OptionalTensor& weight,
                                             const OptionalTensor& bias, const OptionalTensor& dresidual,
-                                            double weight_offset, bool affine_gradients) {
+                                            double weight_offset, bool affine_gradients,
+                                            bool given_scale = false) {
     const auto [rows, columns] = check_rows(x);
     check_layout(dy, x, "dy");
     NG_CHECK(same_sizes(dy, x), "dy must have the shape of x");
@@ -176,6 +196,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
     args.per_column = 1.0 / static_cast<double>(columns);
     args.weight_offset = weight_offset;
     args.centred = mean.has_value();
+    args.given_scale = given_scale;
     args.x_type = dtype(x);
     args.dy_type = dtype(dy);
     args.weight_type = weight ? dtype(*weight) : statistics;
@@ -219,6 +240,14 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Ten
     return backward(dy, x, {}, rstd, weight, bias, dresidual, weight_offset, affine_gradients);
 }
 
+std::tuple<Tensor, Tensor, Tensor> scaled_layer_norm_backward(const Tensor& dy, const Tensor& x,
+                                                              const Tensor& mean, const Tensor& scale,
+                                                              const OptionalTensor& weight,
+                                                              const OptionalTensor& bias,
+                                                              bool affine_gradients) {
+    return backward(dy, x, mean, scale, weight, bias, {}, 0.0, affine_gradients, true);
+}
+
 }  // namespace
 
 NG_OPERATORS(m) {
@@ -232,6 +261,9 @@ NG_OPERATORS(m) {
     m.impl("rms_norm_backward", NG_BOX(&rms_norm_backward));
     m.impl("add_rms_norm", NG_BOX(&add_rms_norm));
     m.impl("add_rms_norm_forward", NG_BOX(&add_rms_norm_forward));
+    m.impl("scaled_layer_norm", NG_BOX(&scaled_layer_norm));
+    m.impl("scaled_layer_norm_backward", NG_BOX(&scaled_layer_norm_backward));
+    m.impl("row_statistics", NG_BOX(&row_statistics));
 }
 
 }  // namespace narrowgauge

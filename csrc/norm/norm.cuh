@@ -63,6 +63,8 @@ __global__ void __launch_bounds__(512, 1) norm_forward_kernel(NormForward args, 
         if (args.mean) global<A>(args.mean, "mean")[row] = mean;
         if (args.rstd) global<A>(args.rstd, "rstd")[row] = rstd;
     }
+    if (!args.y) return;
+    const A factor = args.scale && slice.active ? A(global<const A>(args.scale, "scale")[row]) : rstd;
     visit([&](int64_t j, const A(&values)[Width]) {
         if (args.residual_out) {
             store_beside<X>(args.residual_out, args.residual_type, "residual_out", base + j, values);
@@ -72,7 +74,7 @@ __global__ void __launch_bounds__(512, 1) norm_forward_kernel(NormForward args, 
         if (bias) bias.load(j, shift);
 #pragma unroll
         for (int k = 0; k < Width; ++k) {
-            y[k] = (Centred ? values[k] - mean : values[k]) * rstd;
+            y[k] = (Centred ? values[k] - mean : values[k]) * factor;
             if (weight) y[k] *= scale[k] + static_cast<A>(args.weight_offset);
             if (bias) y[k] += shift[k];
         }
@@ -155,7 +157,7 @@ __global__ void __launch_bounds__(512, 1) norm_backward_kernel(NormBackward args
                 if constexpr (Centred) sum += h;
             }
         });
-        const A mean_dot = group_sum(dot, threads_per_row, partials) * per_column;
+        const A mean_dot = args.given_scale ? A(0) : group_sum(dot, threads_per_row, partials) * per_column;
         A mean_sum = 0;
         if constexpr (Centred) mean_sum = group_sum(sum, threads_per_row, partials) * per_column;
 

@@ -4,6 +4,8 @@
 //     x_hat = (s - mean) * rstd   or   s * rstd           rstd = 1 / sqrt(mean((s - mean)^2) + eps)
 //     y = x_hat * (weight + weight_offset) + bias
 //
+// With a given `scale` for each row, that takes the place of rstd in x_hat, and rstd is a result only.
+//
 // Rows are contiguous. Statistics are float, or double for double inputs.
 #pragma once
 
@@ -17,10 +19,11 @@ struct NormForward {
     const void* residual;  // or null
     const void* weight;    // or null
     const void* bias;      // or null
-    void* y;
-    void* residual_out;  // when there is a residual, in its type
-    void* mean;          // or null; [rows]
-    void* rstd;          // or null; [rows]
+    const void* scale;     // or null; [rows]
+    void* y;               // or null: mean and rstd alone
+    void* residual_out;    // when there is a residual, in its type
+    void* mean;            // or null; [rows]
+    void* rstd;            // or null; [rows]
     int64_t rows, columns;
     double per_column;  // 1 / columns
     double eps, weight_offset;
@@ -29,8 +32,10 @@ struct NormForward {
 };
 
 //     h = dy * (weight + weight_offset)
-//     dx = rstd * (h - mean(h) - x_hat * mean(h * x_hat)) (+ dresidual)     without the middle term for
-//     RMSNorm dweight = sum over rows of dy * x_hat,   dbias = sum over rows of dy
+//     dx = rstd * (h - mean(h) - x_hat * mean(h * x_hat)) (+ dresidual)     without mean(h) for RMSNorm, and
+//                                                                           without the last for a given
+//                                                                           scale
+//     dweight = sum over rows of dy * x_hat,   dbias = sum over rows of dy
 //
 // Each of `chunks` groups of consecutive rows (CPU) or blocks (CUDA) sums its rows into one row of the
 // partial buffers; a second step adds these in order. The cut depends on the shape alone, so results do not
@@ -49,6 +54,7 @@ struct NormBackward {
     double per_column;  // 1 / columns
     double weight_offset;
     bool centred;
+    bool given_scale;  // `rstd` holds a scale that does not depend on x
     DType x_type, dy_type, weight_type;
 };
 

@@ -25,7 +25,7 @@ void forward_rows(const NormForward& args, int64_t begin, int64_t end) {
         const X* x = row_of<X>(args.x, row, columns);
         const S* residual = Residual ? row_of<S>(args.residual, row, columns) : nullptr;
         S* residual_out = Residual ? row_of<S>(args.residual_out, row, columns) : nullptr;
-        Y* y = row_of<Y>(args.y, row, columns);
+        Y* y = args.y ? row_of<Y>(args.y, row, columns) : nullptr;
 
         // The un-rounded sum: what is normalized, even where residual_out is stored narrower.
         const auto sum = [=](int64_t j, auto as) {
@@ -53,6 +53,8 @@ void forward_rows(const NormForward& args, int64_t begin, int64_t end) {
         const A rstd = A(1) / std::sqrt(sum_of_squares / static_cast<A>(columns) + static_cast<A>(args.eps));
         if (args.mean) static_cast<A*>(args.mean)[row] = mean;
         if (args.rstd) static_cast<A*>(args.rstd)[row] = rstd;
+        if (y == nullptr) continue;
+        const A factor = args.scale ? static_cast<const A*>(args.scale)[row] : rstd;
 
         const auto write = [=](auto with_bias) {
             for_twins<A>(columns, [=](int64_t j, auto as) {
@@ -60,7 +62,7 @@ void forward_rows(const NormForward& args, int64_t begin, int64_t end) {
                 if constexpr (Residual) __builtin_prefetch(residual + columns + j);
                 auto v = sum(j, as);
                 if constexpr (Centred) v -= mean;
-                v = v * rstd * as(weight + j);
+                v = v * factor * as(weight + j);
                 if constexpr (with_bias) v += as(bias + j);
                 store_pack(y + j, v);
             });
@@ -111,7 +113,7 @@ void backward_chunks(const NormBackward& args, int64_t begin, int64_t end) {
                 dot += h * (to_compute(x[j]) - mean);
                 sum += h;
             }
-            const A mean_dot = dot * rstd / static_cast<A>(columns);
+            const A mean_dot = args.given_scale ? A(0) : dot * rstd / static_cast<A>(columns);
             const A mean_sum = Centred ? sum / static_cast<A>(columns) : A(0);
 
             const auto write = [=](auto with_dresidual, auto with_dweight, auto with_dbias) {

@@ -4,11 +4,14 @@ from narrowgauge.nn import functional
 from narrowgauge.norm import (
     AdaLayerNorm,
     AdaRMSNorm,
+    CRMSNorm,
     Derf,
     DyT,
+    FixedStdLayerNorm,
     GatedRMSNorm,
     LayerNorm,
     LayerNormLinear,
+    LNRemovalSchedule,
     PolyNorm,
     PowerNorm,
     QKNorm,
@@ -18,15 +21,19 @@ from narrowgauge.norm import (
     ScaleNorm,
     SeeDNorm,
     UnifiedNorm,
+    ZeroMeanLinear,
     mix_ln_schemes,
 )
 
 __all__ = [
     "AdaLayerNorm",
     "AdaRMSNorm",
+    "CRMSNorm",
     "Derf",
     "DyT",
+    "FixedStdLayerNorm",
     "GatedRMSNorm",
+    "LNRemovalSchedule",
     "LayerNorm",
     "LayerNormLinear",
     "PolyNorm",
@@ -38,6 +45,7 @@ __all__ = [
     "ScaleNorm",
     "SeeDNorm",
     "UnifiedNorm",
+    "ZeroMeanLinear",
     "functional",
     "mix_ln_schemes",
 ]

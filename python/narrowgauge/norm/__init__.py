@@ -12,12 +12,14 @@ from narrowgauge.norm.ada_norm import (
 from narrowgauge.norm.dyt import Derf, DyT, derf, dyt
 from narrowgauge.norm.gated_rms_norm import GatedRMSNorm, gated_rms_norm
 from narrowgauge.norm.layer_norm import LayerNorm, add_layer_norm, layer_norm
+from narrowgauge.norm.ln_removal import FixedStdLayerNorm, LNRemovalSchedule, residual_std_loss
 from narrowgauge.norm.norm_linear import LayerNormLinear, RMSNormLinear, layer_norm_linear, rms_norm_linear
 from narrowgauge.norm.norm_quant import layer_norm_quant, rms_norm_quant
 from narrowgauge.norm.peri_add_norm import peri_add_norm
 from narrowgauge.norm.placement import ResidualNorm, mix_ln_schemes
 from narrowgauge.norm.polynorm import PolyNorm, poly_norm
 from narrowgauge.norm.power_norm import PowerNorm
+from narrowgauge.norm.pre_rms_norm import CRMSNorm, ZeroMeanLinear, crms_norm
 from narrowgauge.norm.qk_norm import QKNorm, head_rms_norm, qk_norm
 from narrowgauge.norm.rms_norm import RMSNorm, add_rms_norm, rms_norm
 from narrowgauge.norm.scale_norm import ScaleNorm, l2_normalize, scale_norm
@@ -27,9 +29,12 @@ from narrowgauge.norm.unified_norm import UnifiedNorm, fold_unified_norm
 __all__ = [
     "AdaLayerNorm",
     "AdaRMSNorm",
+    "CRMSNorm",
     "Derf",
     "DyT",
+    "FixedStdLayerNorm",
     "GatedRMSNorm",
+    "LNRemovalSchedule",
     "LayerNorm",
     "LayerNormLinear",
     "PolyNorm",
@@ -41,12 +46,14 @@ __all__ = [
     "ScaleNorm",
     "SeeDNorm",
     "UnifiedNorm",
+    "ZeroMeanLinear",
     "ada_layer_norm",
     "ada_rms_norm",
     "add_ada_layer_norm",
     "add_ada_rms_norm",
     "add_layer_norm",
     "add_rms_norm",
+    "crms_norm",
     "derf",
     "dyt",
     "fold_unified_norm",
@@ -61,6 +68,7 @@ __all__ = [
     "peri_add_norm",
     "poly_norm",
     "qk_norm",
+    "residual_std_loss",
     "rms_norm",
     "rms_norm_linear",
     "rms_norm_quant",
