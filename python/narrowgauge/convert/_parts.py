@@ -167,7 +167,8 @@ class Norm:
             raise Unsuitable(f"a {type(module).__name__} is not a LayerNorm over the last dimension")
         _check_bare(module, set(module._parameters) & {"weight", "bias"})
         self.width = self.weight.numel()
-        self.eps = float(getattr(module, "eps", getattr(module, "variance_epsilon", 1e-5)))
+        eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+        self.eps = 1e-5 if eps is None else float(eps)
         self._probe()
 
     def _probe(self) -> None:
@@ -200,11 +201,15 @@ def along(vector: Tensor, axis: int, dims: int) -> Tensor:
     return vector.view([-1 if i == axis else 1 for i in range(dims)])
 
 
-def fold_affine(plan: Plan, linear: nn.Module, scale: Tensor | None, shift: Tensor | None) -> int:
+def fold_affine(
+    plan: Plan, linear: nn.Module, width: int, scale: Tensor | None, shift: Tensor | None
+) -> int:
     """Puts ``scale * x + shift`` in front of a linear layer into it; returns the axis of its inputs."""
     out_axis, in_axis = linear_axes(linear)
     weight, bias = plan.value((linear, "weight")), plan.value((linear, "bias"))
     assert weight is not None
+    if weight.shape[in_axis] != width:
+        raise Unsuitable(f"has {weight.shape[in_axis]} inputs; the norm has width {width}")
     if shift is not None:
         moved = (weight * along(shift.to(weight.device), in_axis, 2)).sum(in_axis)
         plan.values[linear, "bias"] = moved if bias is None else bias + moved

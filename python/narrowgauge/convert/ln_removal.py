@@ -100,12 +100,8 @@ def _fold(
 ) -> None:
     place = (linear, "weight")
     try:
-        axis = fold_affine(plan, linear, None, shift)
+        axis = fold_affine(plan, linear, scale.numel(), scale, shift)
     except Unsuitable as reason:
         raise plan.refuse(f"{linear_name}, which reads {name}", reason) from None
-    weight = plan.values[place]
-    if weight.shape[axis] != scale.numel():
-        raise plan.refuse(linear_name, f"has {weight.shape[axis]} inputs; {name} has width {scale.numel()}")
     untie(plan, place, [place])
-    fold_affine(plan, linear, scale, None)
     plan.values[place] = plan.values[place] - plan.values[place].mean(axis, keepdim=True)

@@ -259,15 +259,12 @@ def _compress_reader(plan: Plan, name: str, norm: Norm, following: Sequence[str]
         linear = plan.module(linear_name)
         shared = plan.shared_elsewhere((linear, "weight"), [(linear, "weight")])
         try:
-            axis = fold_affine(plan, linear, *norm.affine(plan.dtype))
+            axis = fold_affine(plan, linear, norm.width, *norm.affine(plan.dtype))
         except Unsuitable as reason:
             raise plan.refuse(f"{linear_name}, which reads {name}", reason) from None
         if shared:
             untie(plan, (linear, "weight"), [(linear, "weight")])
-        weight = plan.values[linear, "weight"]
-        if weight.shape[axis] != norm.width:
-            raise plan.refuse(linear_name, f"has {weight.shape[axis]} inputs; {name} has width {norm.width}")
-        kept, last = weight.split([norm.width - 1, 1], axis)
+        kept, last = plan.values[linear, "weight"].split([norm.width - 1, 1], axis)
         plan.values[linear, "weight"] = kept - last
         plan.attributes.append((linear, "nx" if is_conv1d_of_transformers(linear) else "in_features", norm.width - 1))
     plan.modules[norm.module] = CRMSNorm(norm.width - 1, norm.eps).train(norm.module.training)

@@ -230,7 +230,8 @@ class FixedStdLayerNorm(nn.Module):
         process_group: Average over the ranks of this group. Default None: no communication.
 
     Input ``(..., positions, dim)``. The running values are updated by every call of `forward`, in training and
-    evaluation, before and after `freeze`. Buffers: ``running_std``, ``running_first_std``, and ``fixed_std``, the frozen
+    evaluation, before and after `freeze`. Buffers: ``running_std``, ``running_first_std`` (of all positions without
+    `special_first`), and ``fixed_std``, the frozen
     constants (first, others), NaN before. Source: arXiv 2507.02559.
     """
 
@@ -358,7 +359,7 @@ class FixedStdLayerNorm(nn.Module):
         sums = torch.stack(
             [
                 value
-                for chosen in (general, kept & first)
+                for chosen in (general, kept & first if self.special_first else general)
                 for value in (torch.where(chosen, sigma, 0).sum(), chosen.sum().to(sigma.dtype))
             ]
         )
