@@ -56,7 +56,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, d: int, depth: int, vocabulary: int = 512, context: int = 256) -> None:
         super().__init__()
-        self.transformer = children(wte=nn.Embedding(vocabulary, d), wpe=nn.Embedding(context, d), ln_f=nn.LayerNorm(d))
+        self.transformer = children(
+            wte=nn.Embedding(vocabulary, d), wpe=nn.Embedding(context, d), ln_f=nn.LayerNorm(d)
+        )
         self.transformer.h = nn.ModuleList(Block(d) for _ in range(depth))
         self.lm_head = nn.Linear(d, vocabulary, bias=False)
 
@@ -85,7 +87,10 @@ class ViT(nn.Module):
     def __init__(self, d: int, depth: int) -> None:
         super().__init__()
         self.patch_embed = children(proj=nn.Conv2d(3, d, 16, 16))
-        self.cls_token, self.pos_embed = nn.Parameter(torch.randn(1, 1, d)), nn.Parameter(torch.randn(1, 197, d))
+        self.cls_token, self.pos_embed = (
+            nn.Parameter(torch.randn(1, 1, d)),
+            nn.Parameter(torch.randn(1, 197, d)),
+        )
         self.blocks = nn.Sequential(*(ViTBlock(d) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, 1000)
 
@@ -179,7 +184,14 @@ def crms_case(shape: tuple[int, int], dtype: torch.dtype, backward: bool) -> Cas
             moved = registry["crms_norm"].bytes_moved(x, EPS)
             if backward:
                 moved += registry["crms_norm_backward"].bytes_moved(y, x, rstd)
-        return compare(setting, lambda x: ngf.crms_norm(x, EPS), eager_crms_norm, [x], backward=backward, bytes_moved=moved)
+        return compare(
+            setting,
+            lambda x: ngf.crms_norm(x, EPS),
+            eager_crms_norm,
+            [x],
+            backward=backward,
+            bytes_moved=moved,
+        )
 
     return Case("crms_norm", described(shape, dtype, backward), build)
 
@@ -218,7 +230,12 @@ def loss_case(shape: tuple[int, int], dtype: torch.dtype) -> Case:
             return 0.1 * (deviation - target).square().mean()
 
         return compare(
-            setting, lambda x: ngf.residual_std_loss(x, mask), eager, [x], backward=True, bytes_moved=3 * x.nbytes
+            setting,
+            lambda x: ngf.residual_std_loss(x, mask),
+            eager,
+            [x],
+            backward=True,
+            bytes_moved=3 * x.nbytes,
         )
 
     return Case("residual_std_loss", described(shape, dtype, True), build)

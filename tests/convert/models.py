@@ -55,7 +55,12 @@ class GPT2Attention(nn.Module):
 class GPT2MLP(nn.Module):
     def __init__(self, d: int, p: float) -> None:
         super().__init__()
-        self.c_fc, self.c_proj, self.act, self.dropout = Conv1D(4 * d, d), Conv1D(d, 4 * d), nn.GELU(), nn.Dropout(p)
+        self.c_fc, self.c_proj, self.act, self.dropout = (
+            Conv1D(4 * d, d),
+            Conv1D(d, 4 * d),
+            nn.GELU(),
+            nn.Dropout(p),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.c_proj(self.act(self.c_fc(x))))
@@ -96,7 +101,13 @@ class Config:
 
 class GPT2LMHeadModel(nn.Module):
     def __init__(
-        self, vocabulary: int = 19, d: int = 12, depth: int = 2, heads: int = 3, tied: bool = True, p: float = 0.0
+        self,
+        vocabulary: int = 19,
+        d: int = 12,
+        depth: int = 2,
+        heads: int = 3,
+        tied: bool = True,
+        p: float = 0.0,
     ) -> None:
         super().__init__()
         self.config = Config(tie_word_embeddings=tied)
@@ -143,7 +154,12 @@ class TimmAttention(nn.Module):
 class TimmMlp(nn.Module):
     def __init__(self, d: int) -> None:
         super().__init__()
-        self.fc1, self.act, self.fc2, self.drop2 = nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d), nn.Dropout(0.0)
+        self.fc1, self.act, self.fc2, self.drop2 = (
+            nn.Linear(d, 2 * d),
+            nn.GELU(),
+            nn.Linear(2 * d, d),
+            nn.Dropout(0.0),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop2(self.fc2(self.act(self.fc1(x))))
@@ -269,7 +285,10 @@ class LayerScale1(nn.Module):
 class HFViTEmbeddings(nn.Module):
     def __init__(self, d: int) -> None:
         super().__init__()
-        self.cls_token, self.mask_token = nn.Parameter(torch.zeros(1, 1, d)), nn.Parameter(torch.zeros(1, 1, d))
+        self.cls_token, self.mask_token = (
+            nn.Parameter(torch.zeros(1, 1, d)),
+            nn.Parameter(torch.zeros(1, 1, d)),
+        )
         self.position_embeddings = nn.Parameter(torch.zeros(1, 5, d))
         self.patch_embeddings, self.dropout = module(projection=nn.Conv2d(3, d, 4, 4)), nn.Dropout(0.1)
 

@@ -53,7 +53,8 @@ def test_a_tied_head_gets_its_own_weight_and_bias() -> None:
     folded = fold_fixed_layernorm(model)
     assert torch.equal(folded.transformer.wte.weight, model.transformer.wte.weight)
     assert not torch.equal(folded.lm_head.weight, folded.transformer.wte.weight)
-    assert folded.lm_head.bias is not None and model.lm_head.bias is None
+    assert folded.lm_head.bias is not None
+    assert model.lm_head.bias is None
     assert not folded.config.tie_word_embeddings
 
 
@@ -78,10 +79,14 @@ def refuse(model: nn.Module, message: str, readers: Any = None) -> None:
 
 
 def test_what_cannot_be_folded() -> None:
-    model = nn.Sequential(FixedStdLayerNorm(8, init_std=1.0, init_first_std=2.0, special_first=True), nn.GELU(), nn.Linear(8, 8))
+    model = nn.Sequential(
+        FixedStdLayerNorm(8, init_std=1.0, init_first_std=2.0, special_first=True), nn.GELU(), nn.Linear(8, 8)
+    )
     refuse(model, "0: is not frozen: call freeze", {"0": ["2"]})
     model[0].freeze()
-    refuse(model, r"0: has a constant of its own for position 0: call drop_special_first\(\) first", {"0": ["2"]})
+    refuse(
+        model, r"0: has a constant of its own for position 0: call drop_special_first\(\) first", {"0": ["2"]}
+    )
     model[0].drop_special_first()
     refuse(model, "1, which reads 0: a GELU is not a linear layer", {"0": ["1"]})
     refuse(model, "0: it is not known which linear layers read it", {})

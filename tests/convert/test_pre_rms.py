@@ -85,7 +85,10 @@ def test_the_function_stays(
     with ng.backend(backend):
         actual = converted(data)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-    assert norms_of(converted) <= {ng.nn.CRMSNorm if compress else ng.nn.RMSNorm, *norms_of_embedding(converted)}
+    assert norms_of(converted) <= {
+        ng.nn.CRMSNorm if compress else ng.nn.RMSNorm,
+        *norms_of_embedding(converted),
+    }
     for stream in streams_of(converted):
         assert stream.shape[-1] == (11 if compress else 12)
         if not compress:
@@ -174,7 +177,9 @@ def test_what_is_not_known() -> None:
     refuse(model, ValueError, "not known what transformer.h.1.adapter does to the residual stream")
     refuse(nn.Sequential(nn.Linear(3, 3)), ValueError, "of no known family .* explicit lists")
     refuse(
-        nn.ModuleList([randomize(GPT2LMHeadModel()), randomize(GPT2LMHeadModel())]), ValueError, "2 transformers"
+        nn.ModuleList([randomize(GPT2LMHeadModel()), randomize(GPT2LMHeadModel())]),
+        ValueError,
+        "2 transformers",
     )
 
 
@@ -202,7 +207,7 @@ def test_what_cannot_be_rewritten() -> None:
     bare = randomize(GPT2LMHeadModel()).transformer
     refuse(bare, ValueError, "reader ln_f: compress=True needs the linear layers", compress=True)
     refuse(bare, TypeError, "dtype must be a floating-point dtype", dtype=torch.int64)
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
         convert_pre_ln_to_rms("gpt2")
 
 
@@ -210,11 +215,37 @@ def test_explicit_lists_are_checked() -> None:
     model = randomize(TimmVisionTransformer(scale=True))
     readers = ["blocks.0.norm1"]
     refuse(model, ValueError, "both writers and readers", readers=readers)
-    refuse(model, ValueError, "no module or parameter 'cls_tokn'; did you mean cls_token", writers=["cls_tokn"], readers=readers)
-    refuse(model, ValueError, "writer blocks.0.attn.qkv: its weight has 36 outputs", writers=["blocks.0.attn.qkv"], readers=readers)
-    refuse(model, ValueError, "writer blocks.0: a TimmBlock is not a linear layer", writers=["blocks.0"], readers=readers)
-    refuse(model, ValueError, "reader head: a Linear is not a LayerNorm", writers=["cls_token"], readers=["head"])
-    refuse(model, ValueError, "scale head: has 2 parameters", writers=[("blocks.0.attn.proj", "head")], readers=readers)
+    refuse(
+        model,
+        ValueError,
+        "no module or parameter 'cls_tokn'; did you mean cls_token",
+        writers=["cls_tokn"],
+        readers=readers,
+    )
+    refuse(
+        model,
+        ValueError,
+        "writer blocks.0.attn.qkv: its weight has 36 outputs",
+        writers=["blocks.0.attn.qkv"],
+        readers=readers,
+    )
+    refuse(
+        model,
+        ValueError,
+        "writer blocks.0: a TimmBlock is not a linear layer",
+        writers=["blocks.0"],
+        readers=readers,
+    )
+    refuse(
+        model, ValueError, "reader head: a Linear is not a LayerNorm", writers=["cls_token"], readers=["head"]
+    )
+    refuse(
+        model,
+        ValueError,
+        "scale head: has 2 parameters",
+        writers=[("blocks.0.attn.proj", "head")],
+        readers=readers,
+    )
     refuse(model, ValueError, "at least one writer", writers=[], readers=readers)
     refuse(
         model, ValueError, "blocks.0.act, which reads|no module", writers=["cls_token"],
@@ -266,7 +297,12 @@ class GoldenViT(nn.Module):
     def recorded(self, prefix: str, case: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Our parameters and those of the file."""
         single = {"patch_linear": self.patch, "cls_head_linear": self.head}
-        stacked = {"att_in_linear": "qkv", "att_out_linear": "out", "mlp_in_linear": "mlp_in", "mlp_out_linear": "mlp_out"}
+        stacked = {
+            "att_in_linear": "qkv",
+            "att_out_linear": "out",
+            "mlp_in_linear": "mlp_in",
+            "mlp_out_linear": "mlp_out",
+        }
         pairs = []
         for name, value in case.items():
             if not name.startswith(prefix):
@@ -319,7 +355,12 @@ def test_gpt2_of_transformers() -> None:
 def test_vit_of_transformers() -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     config = transformers.ViTConfig(
-        hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=24, image_size=8, patch_size=4
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
     )
     model = randomize(transformers.ViTForImageClassification(config))
     for compress in (False, True):

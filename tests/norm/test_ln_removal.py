@@ -43,7 +43,9 @@ def test_recorded_steps(path: Path, backend: Any) -> None:
     case, meta = golden_files.read(path)
 
     def near(actual: Tensor, name: str) -> None:
-        torch.testing.assert_close(actual, case[name], rtol=1e-5, atol=1e-5, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            actual, case[name], rtol=1e-5, atol=1e-5, msg=lambda text: f"{name}: {text}"
+        )
 
     norm = FixedStdLayerNorm(
         meta["d"],
@@ -138,7 +140,9 @@ def test_running_value(backend: Any) -> None:
     with ng.backend(backend):
         norm(x1)
         torch.testing.assert_close(norm.running_std, sigma(x1).mean())
-        torch.testing.assert_close(norm.running_first_std, sigma(x1).mean())  # without special_first: all positions
+        torch.testing.assert_close(
+            norm.running_first_std, sigma(x1).mean()
+        )  # without special_first: all positions
         norm.eval()(x2)
     torch.testing.assert_close(norm.std, 0.75 * sigma(x1).mean() + 0.25 * sigma(x2).mean())
     norm.freeze()
@@ -237,7 +241,11 @@ def test_wrong_arguments_leave_the_buffers() -> None:
     norm, x = layer(init_std=2.0), random(2, 3, 8)
     before = copy.deepcopy(norm.state_dict())
     for args, error, message in (
-        ((x[..., :7],), ValueError, r"x has shape \(2, 3, 7\), which does not end in normalized_shape \(8,\)"),
+        (
+            (x[..., :7],),
+            ValueError,
+            r"x has shape \(2, 3, 7\), which does not end in normalized_shape \(8,\)",
+        ),
         ((x.float(),), TypeError, "weight has dtype torch.float64 beside x of torch.float32"),
         ((x, torch.ones(2, 3)), TypeError, "mask must be a boolean tensor, got torch.float32"),
         ((x, torch.ones(3, dtype=torch.bool)), ValueError, r"mask has shape \(3,\); expected .*\(2, 3\)"),
@@ -271,7 +279,8 @@ def test_swap_puts_it_in_place_of_layer_norm() -> None:
     weight = model[1].weight
     ng.swap(model, norm="fixed_std")
     assert isinstance(model[1], FixedStdLayerNorm)
-    assert model[1].weight is weight and model[1].eps == 1e-3
+    assert model[1].weight is weight
+    assert model[1].eps == 1e-3
 
 
 # --- the schedule ---
@@ -279,7 +288,9 @@ def test_swap_puts_it_in_place_of_layer_norm() -> None:
 
 def blocks() -> nn.Module:
     model = nn.Module()
-    model.h = nn.ModuleList(nn.ModuleDict({n: layer(init_std=1.0) for n in ("ln_1", "ln_2")}) for _ in range(2))
+    model.h = nn.ModuleList(
+        nn.ModuleDict({n: layer(init_std=1.0) for n in ("ln_1", "ln_2")}) for _ in range(2)
+    )
     model.ln_f = layer(special_first=True, init_std=1.0, init_first_std=3.0)
     return model
 
@@ -292,8 +303,16 @@ def test_schedule() -> None:
     schedule = LNRemovalSchedule(model, 3, (2, 3, 4, 1), ORDER)
     changed = {step: names for step in range(1, 25) if (names := schedule.step())}
     layers = [name for name, m in model.named_modules() if isinstance(m, FixedStdLayerNorm)]
-    assert changed == {3: ["h.0.ln_2"], 5: ["h.1.ln_2"], 7: ["h.0.ln_1"], 10: ["h.1.ln_1"], 13: ["ln_f"], 17: layers}
-    assert schedule.done and all(m.frozen and not m.special_first for m in model.modules() if isinstance(m, FixedStdLayerNorm))
+    assert changed == {
+        3: ["h.0.ln_2"],
+        5: ["h.1.ln_2"],
+        7: ["h.0.ln_1"],
+        10: ["h.1.ln_1"],
+        13: ["ln_f"],
+        17: layers,
+    }
+    assert schedule.done
+    assert all(m.frozen and not m.special_first for m in model.modules() if isinstance(m, FixedStdLayerNorm))
 
 
 def test_schedule_continues() -> None:
@@ -369,7 +388,9 @@ def test_gradcheck_of_the_loss_around_a_constant_target() -> None:
     mask = torch.tensor([True, False, False, False, False, False])
     x = x.requires_grad_()
     # The target depends on row 0 alone, which does not move here.
-    assert torch.autograd.gradcheck(lambda rest: ngf.residual_std_loss(torch.cat([x[:1].detach(), rest]), mask), x[1:])
+    assert torch.autograd.gradcheck(
+        lambda rest: ngf.residual_std_loss(torch.cat([x[:1].detach(), rest]), mask), x[1:]
+    )
 
 
 def test_loss_of_alike_rows_is_zero_and_narrow_inputs_are_summed_in_float32() -> None:
@@ -386,7 +407,11 @@ def test_loss_refuses() -> None:
     for args, error, message in (
         ((x.int(),), TypeError, "x has dtype torch.int32"),
         ((x, torch.ones(2, 5)), TypeError, "mask must be a boolean tensor, got torch.float32"),
-        ((x, torch.ones(5, dtype=torch.bool)), ValueError, r"mask has shape \(5,\); expected one entry per token"),
+        (
+            (x, torch.ones(5, dtype=torch.bool)),
+            ValueError,
+            r"mask has shape \(5,\); expected one entry per token",
+        ),
         ((x, None, 0.1, -1.0), ValueError, "eps must be a finite number >= 0"),
     ):
         with pytest.raises(error, match=f"residual_std_loss: {message}"):

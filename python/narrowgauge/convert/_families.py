@@ -60,7 +60,11 @@ FAMILIES = (
     ),
     Family(
         "ViT of Transformers",
-        marks=("embeddings.patch_embeddings.projection", "encoder.layer.0.attention.output.dense", "layernorm"),
+        marks=(
+            "embeddings.patch_embeddings.projection",
+            "encoder.layer.0.attention.output.dense",
+            "layernorm",
+        ),
         block=r"encoder\.layer\.\d+",
         writers=(
             r"embeddings\.(cls_token|distillation_token|mask_token|register_tokens|position_embeddings"
@@ -84,7 +88,13 @@ FAMILIES = (
     ),
     Family(
         "ViT of timm",
-        marks=("patch_embed.proj", "blocks.0.norm1", "blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc2"),
+        marks=(
+            "patch_embed.proj",
+            "blocks.0.norm1",
+            "blocks.0.attn.qkv",
+            "blocks.0.attn.proj",
+            "blocks.0.mlp.fc2",
+        ),
         block=r"blocks\.\d+",
         writers=r"cls_token|dist_token|reg_token|pos_embed|patch_embed\.proj|@\.(attn\.proj|mlp\.fc2)",
         readers={"norm1": ("attn.qkv",), "norm2": ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x")},
@@ -153,7 +163,7 @@ def _roles(function: str, model: nn.Module, family: Family, trunk: str) -> Roles
     parts: dict[str, None] = {}
     for full, _ in model.named_parameters(remove_duplicate=False):
         if full.startswith(trunk):
-            owner, _, key = full.rpartition(".")
+            owner, _, _key = full.rpartition(".")
             whole = owner if owner != trunk.rstrip(".") and not modules[owner]._modules else full
             parts[whole[len(trunk) :]] = None
 
@@ -182,7 +192,9 @@ def _roles(function: str, model: nn.Module, family: Family, trunk: str) -> Roles
             roles.readers[trunk + part] = following or None
         elif part == final:
             roles.readers[trunk + part] = _heads(family, trunk, modules)
-        elif not (matches(family.inner, part) or (prefix and rest in family.scales.values()) or part in family.final):
+        elif not (
+            matches(family.inner, part) or (prefix and rest in family.scales.values()) or part in family.final
+        ):
             unknown.append(trunk + part)
     if unknown:
         raise ValueError(
@@ -196,13 +208,19 @@ def _roles(function: str, model: nn.Module, family: Family, trunk: str) -> Roles
 
 def _heads(family: Family, trunk: str, modules: dict[str, nn.Module]) -> tuple[str, ...] | None:
     """The linear layers that read the last norm, if nothing else may."""
-    names = [n for n in modules if n in family.heads or (n.startswith(trunk) and n[len(trunk) :] in family.heads)]
+    names = [
+        n for n in modules if n in family.heads or (n.startswith(trunk) and n[len(trunk) :] in family.heads)
+    ]
     linear = [n for n in names if modules[n]._parameters.get("weight") is not None]
     allowed = (*linear, trunk.rstrip(".") or "-")
     for name, module in modules.items():
         outside = not (name + ".").startswith(trunk)
-        pooled = name.startswith(trunk + "pooler") or name.startswith(trunk + "attn_pool")
-        if (outside or pooled) and any(p is not None for p in module._parameters.values()) and name not in allowed:
+        pooled = name.startswith((trunk + "pooler", trunk + "attn_pool"))
+        if (
+            (outside or pooled)
+            and any(p is not None for p in module._parameters.values())
+            and name not in allowed
+        ):
             return None
     return tuple(linear) or None
 
@@ -227,8 +245,8 @@ def check_blocks_are_pre_ln(function: str, model: nn.Module, roles: Roles, width
             ) from error
         if not torch.allclose(plain + 3.0, shifted, rtol=1e-7, atol=1e-7):
             raise ValueError(
-                f"{function}: {name} ({type(block).__name__}) is not Pre-LN: shifting the residual stream by a constant "
-                "changes what the block adds to it"
+                f"{function}: {name} ({type(block).__name__}) is not Pre-LN: shifting the residual stream by a "
+                "constant changes what the block adds to it"
             )
 
 

@@ -104,7 +104,12 @@ class Plan:
 def is_conv1d_of_transformers(module: nn.Module) -> bool:
     """The linear layer of GPT-2, whose weight is (in, out)."""
     weight = module._parameters.get("weight")
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None and weight.dim() == 2
+    return (
+        type(module).__name__ == "Conv1D"
+        and hasattr(module, "nf")
+        and weight is not None
+        and weight.dim() == 2
+    )
 
 
 def linear_axes(module: nn.Module) -> tuple[int, int]:
@@ -173,9 +178,7 @@ class Norm:
 
     def _probe(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        x, weight, bias = (
-            torch.randn(*shape, self.width, generator=generator) for shape in ((2, 3), (), ())
-        )
+        x, weight, bias = (torch.randn(*shape, self.width, generator=generator) for shape in ((2, 3), (), ()))
         x[0] *= self.eps**0.5  # rows this small show eps
         twin = _with_parameters(
             self.module,
@@ -187,7 +190,11 @@ class Norm:
         except Exception as error:
             raise Unsuitable(f"its forward failed on a small tensor: {error}") from error
         expected = F.layer_norm(x, (self.width,), weight, None if self.bias is None else bias, self.eps)
-        if not isinstance(y, Tensor) or y.shape != x.shape or not torch.allclose(y, expected, rtol=1e-4, atol=1e-5):
+        if (
+            not isinstance(y, Tensor)
+            or y.shape != x.shape
+            or not torch.allclose(y, expected, rtol=1e-4, atol=1e-5)
+        ):
             raise Unsuitable(f"a {type(self.module).__name__} does not compute a LayerNorm of eps {self.eps}")
 
     def affine(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
@@ -201,11 +208,9 @@ def along(vector: Tensor, axis: int, dims: int) -> Tensor:
     return vector.view([-1 if i == axis else 1 for i in range(dims)])
 
 
-def fold_affine(
-    plan: Plan, linear: nn.Module, width: int, scale: Tensor | None, shift: Tensor | None
-) -> int:
+def fold_affine(plan: Plan, linear: nn.Module, width: int, scale: Tensor | None, shift: Tensor | None) -> int:
     """Puts ``scale * x + shift`` in front of a linear layer into it; returns the axis of its inputs."""
-    out_axis, in_axis = linear_axes(linear)
+    _out_axis, in_axis = linear_axes(linear)
     weight, bias = plan.value((linear, "weight")), plan.value((linear, "bias"))
     assert weight is not None
     if weight.shape[in_axis] != width:

@@ -95,7 +95,9 @@ def convert_pre_ln_to_rms(
         raise TypeError(f"{NAME}: dtype must be a floating-point dtype, got {dtype}")
     model = model if inplace else copy.deepcopy(model)
     plan = Plan(NAME, model, dtype)
-    roles = _families.roles_of(NAME, model) if writers is None or readers is None else _explicit(writers, readers)
+    roles = (
+        _families.roles_of(NAME, model) if writers is None or readers is None else _explicit(writers, readers)
+    )
 
     norms: dict[str, Norm] = {}
     for name in roles.readers:
@@ -126,10 +128,8 @@ def convert_pre_ln_to_rms(
 
 
 def _explicit(writers: Writers, readers: Readers) -> _families.Roles:
-    pairs = [(w, None) if isinstance(w, str) else tuple(w) for w in writers]
-    following = {
-        name: tuple(readers[name]) if isinstance(readers, Mapping) else None for name in readers
-    }
+    pairs: list[tuple[str, str | None]] = [(w, None) if isinstance(w, str) else (w[0], w[1]) for w in writers]
+    following = {name: tuple(readers[name]) if isinstance(readers, Mapping) else None for name in readers}
     return _families.Roles("", dict(pairs), following, [], [])
 
 
@@ -142,13 +142,13 @@ def _check_dropouts(plan: Plan, roles: _families.Roles) -> None:
     names = ", ".join(name for name, _ in active[:3]) + (", ..." if len(active) > 3 else "")
     if any(training for _, training in active):
         raise ValueError(
-            f"{NAME}: dropout on the residual stream ({names}) breaks its zero mean in training; set p = 0 there, or call "
-            "model.eval() to convert for inference"
+            f"{NAME}: dropout on the residual stream ({names}) breaks its zero mean in training; set p = 0 there, or "
+            "call model.eval() to convert for inference"
         )
     if active:
         warnings.warn(
-            f"{NAME}: converted for inference; training with the dropout on the residual stream ({names}) is not that of "
-            "the LayerNorm model",
+            f"{NAME}: converted for inference; training with the dropout on the residual stream ({names}) is not that "
+            "of the LayerNorm model",
             stacklevel=3,
         )
 
@@ -167,7 +167,9 @@ def _rewrite_writers(plan: Plan, roles: _families.Roles, width: int, may_untie: 
         for owner, key in axes[name]:
             size = owner._parameters[key].shape[axes[name][owner, key]]  # type: ignore[union-attr]
             if size != width:
-                raise plan.refuse(f"writer {name}", f"its {key} has {size} outputs; the stream has width {width}")
+                raise plan.refuse(
+                    f"writer {name}", f"its {key} has {size} outputs; the stream has width {width}"
+                )
 
     every_place = [place for places in axes.values() for place in places]
     done: dict[int, Tensor] = {}
@@ -252,8 +254,9 @@ def _rms_norm(norm: Norm) -> nn.Module:
 def _compress_reader(plan: Plan, name: str, norm: Norm, following: Sequence[str] | None) -> None:
     if not following:
         raise plan.refuse(
-            f"reader {name}", "compress=True needs the linear layers that read it, and nothing else may: give readers as a "
-            "mapping from each norm to them"
+            f"reader {name}",
+            "compress=True needs the linear layers that read it, and nothing else may: give readers as a "
+            "mapping from each norm to them",
         )
     for linear_name in following:
         linear = plan.module(linear_name)
@@ -266,7 +269,9 @@ def _compress_reader(plan: Plan, name: str, norm: Norm, following: Sequence[str]
             untie(plan, (linear, "weight"), [(linear, "weight")])
         kept, last = plan.values[linear, "weight"].split([norm.width - 1, 1], axis)
         plan.values[linear, "weight"] = kept - last
-        plan.attributes.append((linear, "nx" if is_conv1d_of_transformers(linear) else "in_features", norm.width - 1))
+        plan.attributes.append(
+            (linear, "nx" if is_conv1d_of_transformers(linear) else "in_features", norm.width - 1)
+        )
     plan.modules[norm.module] = CRMSNorm(norm.width - 1, norm.eps).train(norm.module.training)
 
 

@@ -88,9 +88,7 @@ def scaled_layer_norm_backward_op(
     affine_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All gradients in one pass over dy and x: dx = scale * (h - mean(h)) with h = dy * weight."""
-    _, dweight, dbias = _reference.backward(
-        dy, x, mean, scale, weight, bias, None, 0.0, affine_gradients
-    )
+    _, dweight, dbias = _reference.backward(dy, x, mean, scale, weight, bias, None, 0.0, affine_gradients)
     h = dy.to(scale.dtype)
     if weight is not None:
         h = h * weight.to(scale.dtype)
@@ -273,12 +271,10 @@ class FixedStdLayerNorm(nn.Module):
         )
         statistics = torch.float64 if dtype == torch.float64 else torch.float32
         unknown = float("nan")
-        for name, value in (
-            ("running_std", unknown if init_std is None else init_std),
-            ("running_first_std", unknown if init_first_std is None else init_first_std),
-            ("fixed_std", (unknown, unknown)),
-        ):
-            self.register_buffer(name, torch.tensor(value, device=device, dtype=statistics))
+        starts = (init_std, init_first_std, (unknown, unknown))
+        for name, start in zip(("running_std", "running_first_std", "fixed_std"), starts, strict=True):
+            start = unknown if start is None else start
+            self.register_buffer(name, torch.tensor(start, device=device, dtype=statistics))
         self.reset_parameters()
 
     weight: Tensor
@@ -324,7 +320,9 @@ class FixedStdLayerNorm(nn.Module):
         _arguments.check(name, x, sizes, self.weight, self.bias, self.eps, None)
         _check_mask(name, "mask", x, mask)
         if self.special_first and x.dim() < 2:
-            raise ValueError(f"{name}: with special_first x needs a dimension of positions, got {tuple(x.shape)}")
+            raise ValueError(
+                f"{name}: with special_first x needs a dimension of positions, got {tuple(x.shape)}"
+            )
         x, weight, bias = x.contiguous(), packed(self.weight), packed(self.bias)
         if not self.frozen:
             y, rstd = _real.apply(x, weight, bias, self.eps, 0.0, None)
@@ -407,8 +405,8 @@ class LNRemovalSchedule:
     ) -> None:
         if len(gaps) != len(order) or any(gap < 0 for gap in gaps) or start < 1:
             raise ValueError(
-                f"LNRemovalSchedule: start must be >= 1, and gaps hold one number >= 0 for each of the {len(order)} groups "
-                f"of order; got start={start}, gaps={list(gaps)}"
+                f"LNRemovalSchedule: start must be >= 1, and gaps hold one number >= 0 for each of the {len(order)} "
+                f"groups of order; got start={start}, gaps={list(gaps)}"
             )
         self.layers = {n: m for n, m in model.named_modules() if isinstance(m, FixedStdLayerNorm)}
         self.events: list[tuple[int, tuple[str, ...] | None]] = []
@@ -416,7 +414,9 @@ class LNRemovalSchedule:
         step = start
         for group, gap in zip(order, gaps, strict=True):
             if isinstance(group, str) and group != SPECIAL_FIRST:
-                raise ValueError(f"LNRemovalSchedule: a group is a list of names or {SPECIAL_FIRST!r}, got {group!r}")
+                raise ValueError(
+                    f"LNRemovalSchedule: a group is a list of names or {SPECIAL_FIRST!r}, got {group!r}"
+                )
             for entry in [None] if isinstance(group, str) else group:
                 names = entry if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
                 for name in names or ():

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -83,9 +82,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
     return crms_norm_backward_op(dy.contiguous(), *ctx.saved_tensors), None
 
 
-_crms_norm = differentiable(
-    crms_norm_op, forward=crms_norm_forward_op, setup=_setup, backward=_gradients
-)
+_crms_norm = differentiable(crms_norm_op, forward=crms_norm_forward_op, setup=_setup, backward=_gradients)
 
 
 def crms_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
