@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tests import golden_files
+from tests.backends import in_float64, native_backends, run_reference
 from tests.tolerances import assert_near, assert_same_bits
 from torch import Tensor, nn
 
 import narrowgauge as ng
 from narrowgauge.nn import FixedStdLayerNorm, LNRemovalSchedule
 from narrowgauge.nn import functional as ngf
+from narrowgauge.ops import SampleMaker, registry
 
 each_backend = pytest.mark.parametrize("backend", ["reference", "auto"])
 
@@ -178,6 +181,25 @@ def test_padding_stays_out_of_the_running_value() -> None:
     assert_same_bits(norm.running_std, before)
 
 
+def test_over_ranks_it_is_the_mean_of_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sum over the group holds all that is shared; here the other rank's part is added by hand."""
+    x, mask = random(5, 3, 8), random(5, 3, seed=1) > -1
+    options: dict[str, Any] = {"special_first": True}
+    alone, here, there = (
+        layer(**options),
+        layer(process_group="all", **options),
+        layer(process_group="all", **options),
+    )
+    alone(x, mask)
+    sums: list[Tensor] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda total, group: sums.append(total.clone()))
+    there(x[2:], mask[2:])
+    monkeypatch.setattr(dist, "all_reduce", lambda total, group: total.add_(sums[0]))
+    here(x[:2], mask[:2])
+    torch.testing.assert_close(here.std, alone.std, rtol=1e-12, atol=0)
+    assert (there.std - alone.std).abs().max() > 1e-3
+
+
 @each_backend
 def test_constant_that_follows(backend: Any) -> None:
     norm, x = layer(decay=0.0, follow=True), random(2, 3, 8)
@@ -281,6 +303,25 @@ def test_swap_puts_it_in_place_of_layer_norm() -> None:
     assert isinstance(model[1], FixedStdLayerNorm)
     assert model[1].weight is weight
     assert model[1].eps == 1e-3
+
+
+@pytest.mark.parametrize("run", native_backends())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_beyond_the_registers(run: Any, dtype: torch.dtype) -> None:
+    make = SampleMaker(dtype)
+    x, weight = make(3, 16448), make(16448)
+    scale = make(3, dtype=torch.float32)
+    calls: list[tuple[str, tuple[Any, ...]]] = [
+        ("scaled_layer_norm", (x, scale, weight, weight, 1e-5)),
+        ("scaled_layer_norm_backward", (make(3, 16448), x, x.float().mean(-1), scale, weight, weight, True)),
+        ("row_statistics", (x, 1e-5)),
+        ("crms_norm_forward", (x, 1e-5)),
+        ("crms_norm_backward", (make(3, 16448), x, scale)),
+    ]
+    for name, args in calls:
+        record = registry[name]
+        for a, e in zip(run(record, *args), run_reference(record, *in_float64(args)), strict=True):
+            assert_near(a, e, name)
 
 
 # --- the schedule ---
