@@ -119,53 +119,36 @@ def step(model: nn.Module, data: Tensor, backward: bool) -> Call:
     return train if backward else infer
 
 
-def converted_case(name: str, backward: bool) -> Case:
-    """The RMSNorm form beside the LayerNorm model, with the norms of this package and of torch."""
+def model_case(
+    operator: str, name: str, backward: bool, forms: Callable[[nn.Module, Tensor], dict[str, nn.Module]]
+) -> Case:
+    """Forms of one model, ours first, beside the LayerNorm model with the norms of this package and of torch."""
 
     def build(setting: Setting) -> Contest:
         make, data = MODELS[name]
         model, x = make().to(setting.device), data(setting)
-        forms: dict[str, nn.Module] = {
-            OURS: convert_pre_ln_to_rms(model),
-            "LayerNorm": ng.swap(model, inplace=False).model,
-            "eager": model,
-        }
-        contest = Contest({form: step(each, x, backward) for form, each in forms.items()})
+        contestants = {**forms(model, x), "LayerNorm": ng.swap(model, inplace=False).model, "eager": model}
         if setting.compile:
-            whole = copy.deepcopy(model)
-            whole.forward = torch.compile(whole.forward, dynamic=False)  # type: ignore[method-assign]
-            contest.contestants["compile"] = step(whole, x, backward)
-        return contest
+            contestants["compile"] = copy.deepcopy(model)
+            contestants["compile"].compile(dynamic=False)
+        return Contest({form: step(each, x, backward) for form, each in contestants.items()})
 
-    return Case("convert_pre_ln_to_rms", f"{'train' if backward else 'infer'} {name} float32", build)
+    return Case(operator, f"{'train' if backward else 'infer'} {name} float32", build)
 
 
-def folded_case(name: str) -> Case:
-    """No norm left, beside the LayerNorm model and the one with fixed standard deviations."""
+def converted(model: nn.Module, x: Tensor) -> dict[str, nn.Module]:
+    return {OURS: convert_pre_ln_to_rms(model)}
 
-    def build(setting: Setting) -> Contest:
-        make, data = MODELS[name]
-        model, x = make().to(setting.device), data(setting)
-        fixed = ng.swap(model, norm="fixed_std", inplace=False).model
-        with torch.no_grad():
-            fixed(x)
-        for module in fixed.modules():
-            if isinstance(module, FixedStdLayerNorm):
-                module.freeze()
-        forms: dict[str, nn.Module] = {
-            OURS: fold_fixed_layernorm(fixed),
-            "fixed": fixed,
-            "LayerNorm": ng.swap(model, inplace=False).model,
-            "eager": model,
-        }
-        contest = Contest({form: step(each, x, False) for form, each in forms.items()})
-        if setting.compile:
-            whole = copy.deepcopy(model)
-            whole.forward = torch.compile(whole.forward, dynamic=False)  # type: ignore[method-assign]
-            contest.contestants["compile"] = step(whole, x, False)
-        return contest
 
-    return Case("fold_fixed_layernorm", f"infer {name} float32", build)
+def folded(model: nn.Module, x: Tensor) -> dict[str, nn.Module]:
+    """No norm left, and the model with fixed standard deviations that it comes from."""
+    fixed = ng.swap(model, norm="fixed_std", inplace=False).model
+    with torch.no_grad():
+        fixed(x)
+    for module in fixed.modules():
+        if isinstance(module, FixedStdLayerNorm):
+            module.freeze()
+    return {OURS: fold_fixed_layernorm(fixed), "fixed": fixed}
 
 
 # --- the row operators ---
@@ -247,8 +230,8 @@ def described(shape: tuple[int, int], dtype: torch.dtype, backward: bool) -> str
 
 ROWS: tuple[Any, ...] = (crms_case, fixed_case)
 CASES = [
-    *(converted_case(name, backward) for name in MODELS for backward in (False, True)),
-    *(folded_case(name) for name in MODELS),
+    *(model_case("convert_pre_ln_to_rms", name, b, converted) for name in MODELS for b in (False, True)),
+    *(model_case("fold_fixed_layernorm", name, False, folded) for name in MODELS),
     *(make(s, t, b) for make in ROWS for b in (False, True) for s in SHAPES for t in DTYPES),
     *(loss_case(s, t) for s in SHAPES for t in DTYPES),
 ]
