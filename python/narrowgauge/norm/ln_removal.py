@@ -338,7 +338,8 @@ class FixedStdLayerNorm(nn.Module):
     @torch.no_grad()
     def _scale(self, x: Tensor) -> Tensor:
         """1 / sigma for every row."""
-        scale = self.std.to(compute_dtype(x.dtype)).reciprocal()
+        std = self.fixed_std[1] if not (self.follow or self.special_first) else self.std
+        scale = std.to(compute_dtype(x.dtype)).reciprocal()
         if not self.special_first:
             return scale.expand(x.shape[:-1]).contiguous()
         per_position = torch.where(torch.arange(x.shape[-2], device=x.device) == 0, scale[0], scale[1])
@@ -348,6 +349,12 @@ class FixedStdLayerNorm(nn.Module):
     def _track(self, rstd: Tensor, mask: Tensor | None) -> None:
         """Takes the standard deviations of a batch into the running values."""
         sigma = rstd.reciprocal().to(self.running_std.dtype)
+        if mask is None and not self.special_first and self.process_group is None:
+            if sigma.numel() > 0:
+                batch = sigma.mean()
+                for running in (self.running_std, self.running_first_std):
+                    running.copy_(torch.where(running.isnan(), batch, batch.lerp(running, self.decay)))
+            return
         if sigma.dim() == 0:
             sigma, mask = sigma[None], None if mask is None else mask[None]
         kept = torch.ones_like(sigma, dtype=torch.bool) if mask is None else mask
