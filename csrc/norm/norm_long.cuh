@@ -148,6 +148,8 @@ __global__ void __launch_bounds__(long_row_threads, 1)
         if (args.mean) global<A>(args.mean, "mean")[row] = mean;
         if (args.rstd) global<A>(args.rstd, "rstd")[row] = rstd;
     }
+    if (!args.y) return long_row_end(cluster);
+    const A factor = args.scale ? A(global<const A>(args.scale, "scale")[row]) : rstd;
     visit_long(slice, [&](int64_t j, int visit) {
         A values[Width], scale[Width] = {}, shift[Width] = {};
         row_values.get(visit, values);
@@ -155,7 +157,7 @@ __global__ void __launch_bounds__(long_row_threads, 1)
         if (bias) bias.load(j, shift);
 #pragma unroll
         for (int k = 0; k < Width; ++k) {
-            values[k] = (values[k] - mean) * rstd;
+            values[k] = (values[k] - mean) * factor;
             if (weight) values[k] *= scale[k] + static_cast<A>(args.weight_offset);
             if (bias) values[k] += shift[k];
         }
@@ -201,7 +203,7 @@ __global__ void __launch_bounds__(long_row_threads, 1)
         kept_x_hat.put(visit, x_hat);
         kept_h.put(visit, h);
     });
-    const A mean_dot = long_row_sum(dot, cluster, partials, slots) * per_column;
+    const A mean_dot = args.given_scale ? A(0) : long_row_sum(dot, cluster, partials, slots) * per_column;
     const A mean_sum = args.centred ? long_row_sum(sum, cluster, partials, slots + 1) * per_column : A(0);
     visit_long(slice, [&](int64_t j, int visit) {
         A x_hat[Width], h[Width], d[Width] = {};
