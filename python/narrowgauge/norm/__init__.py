@@ -11,6 +11,7 @@ from narrowgauge.norm.ada_norm import (
 )
 from narrowgauge.norm.dyt import Derf, DyT, derf, dyt
 from narrowgauge.norm.gated_rms_norm import GatedRMSNorm, gated_rms_norm
+from narrowgauge.norm.l1_norm import L1LayerNorm, l1_layer_norm
 from narrowgauge.norm.layer_norm import LayerNorm, add_layer_norm, layer_norm
 from narrowgauge.norm.ln_removal import FixedStdLayerNorm, LNRemovalSchedule, residual_std_loss
 from narrowgauge.norm.norm_linear import LayerNormLinear, RMSNormLinear, layer_norm_linear, rms_norm_linear
@@ -21,9 +22,12 @@ from narrowgauge.norm.polynorm import PolyNorm, poly_norm
 from narrowgauge.norm.power_norm import PowerNorm
 from narrowgauge.norm.pre_rms_norm import CRMSNorm, ZeroMeanLinear, crms_norm
 from narrowgauge.norm.qk_norm import QKNorm, head_rms_norm, qk_norm
+from narrowgauge.norm.quant_l1_norm import QuantL1LayerNorm, quant_l1_layer_norm
 from narrowgauge.norm.rms_norm import RMSNorm, add_rms_norm, rms_norm
+from narrowgauge.norm.rms_norm_quant import rms_norm_quant
 from narrowgauge.norm.scale_norm import ScaleNorm, l2_normalize, scale_norm
 from narrowgauge.norm.seednorm import SeeDNorm, seed_norm
+from narrowgauge.norm.tokenformer import TokenParameterAttention, gelu_l2_norm, l2_norm_gelu
 from narrowgauge.norm.unified_norm import UnifiedNorm, fold_unified_norm
 
 __all__ = [
@@ -34,17 +38,20 @@ __all__ = [
     "DyT",
     "FixedStdLayerNorm",
     "GatedRMSNorm",
+    "L1LayerNorm",
     "LNRemovalSchedule",
     "LayerNorm",
     "LayerNormLinear",
     "PolyNorm",
     "PowerNorm",
     "QKNorm",
+    "QuantL1LayerNorm",
     "RMSNorm",
     "RMSNormLinear",
     "ResidualNorm",
     "ScaleNorm",
     "SeeDNorm",
+    "TokenParameterAttention",
     "UnifiedNorm",
     "ZeroMeanLinear",
     "ada_layer_norm",
@@ -59,7 +66,10 @@ __all__ = [
     "fold_unified_norm",
     "gated_residual",
     "gated_rms_norm",
+    "gelu_l2_norm",
     "head_rms_norm",
+    "l1_layer_norm",
+    "l2_norm_gelu",
     "l2_normalize",
     "layer_norm",
     "layer_norm_linear",
@@ -68,6 +78,7 @@ __all__ = [
     "peri_add_norm",
     "poly_norm",
     "qk_norm",
+    "quant_l1_layer_norm",
     "residual_std_loss",
     "rms_norm",
     "rms_norm_linear",
