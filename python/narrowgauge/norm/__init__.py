@@ -11,6 +11,7 @@ from narrowgauge.norm.ada_norm import (
 )
 from narrowgauge.norm.dyt import Derf, DyT, derf, dyt
 from narrowgauge.norm.gated_rms_norm import GatedRMSNorm, gated_rms_norm
+from narrowgauge.norm.l1_batch_norm import L1BatchNorm2d
 from narrowgauge.norm.l1_norm import L1LayerNorm, l1_layer_norm
 from narrowgauge.norm.layer_norm import LayerNorm, add_layer_norm, layer_norm
 from narrowgauge.norm.ln_removal import FixedStdLayerNorm, LNRemovalSchedule, residual_std_loss
@@ -38,6 +39,7 @@ __all__ = [
     "DyT",
     "FixedStdLayerNorm",
     "GatedRMSNorm",
+    "L1BatchNorm2d",
     "L1LayerNorm",
     "LNRemovalSchedule",
     "LayerNorm",

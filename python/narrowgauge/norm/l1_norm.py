@@ -138,7 +138,7 @@ def l1_layer_norm_backward_op(
     def summed(parameter: Tensor | None, terms: Tensor) -> Tensor:
         if parameter is None or not affine_gradients:
             return terms.new_empty(0, dtype=compute if parameter is None else parameter.dtype)
-        return terms.reshape(-1, terms.shape[-1]).sum(0).to(parameter.dtype)
+        return terms.unsqueeze(0).flatten(0, -2).sum(0).to(parameter.dtype)
 
     return dx.to(x.dtype).contiguous(), summed(weight, g * x_hat), summed(bias, g)
 
