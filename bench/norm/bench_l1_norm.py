@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import narrowgauge.nn.functional as ng
-from bench.harness import Case, Contest, Setting, compare
+from bench.harness import OURS, Case, Contest, Setting, compare
 from narrowgauge.norm.quant_l1_norm import integer_affine, quant_l1_norm_op
 from narrowgauge.quant import Quantized, Scheme, dequantize, quantize
 
@@ -82,10 +83,12 @@ def codes_case(shape: tuple[int, int]) -> Case:
             y = torch_l2(codes.float() * q.scale, weight, bias)
             return (y / scale).round_().clamp_(-127, 127).to(torch.int8)  # to a fixed scale, as ours
 
-        rivals = {"L2, narrowgauge": l2_of_codes(l2)}
-        return compare(
-            setting, ours, eager, (q.codes, weight, bias), bytes_moved=2 * q.codes.nbytes, rivals=rivals
-        )
+        inputs = (q.codes, weight, bias)
+        functions = {OURS: ours, "eager L2": eager, "L2, narrowgauge": l2_of_codes(l2)}
+        if setting.compile:
+            functions["compiled L2"] = torch.compile(eager, dynamic=False)
+        calls = {name: partial(function, *inputs) for name, function in functions.items()}
+        return Contest(calls, bytes_moved=2 * q.codes.nbytes)
 
     return Case("quant_l1_norm", f"fwd {shape[0]}x{shape[1]} int8", build)
 
