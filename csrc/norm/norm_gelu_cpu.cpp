@@ -25,8 +25,8 @@ NG_HOST_DEVICE V normal_density(V u) {
     return exp_pack(u * u * Lane<V>(-0.5)) * peak;
 }
 
-// f(pack) over a row, the end of it in a pack filled up with zeros: `f` may then be as long as GELU. It takes
-// the first column, loads with `get(pointer)` and stores with `put(pointer, pack)`.
+// f(j, get, put) over a row, where `get(pointer)` loads what stands at column j and `put(pointer, pack)`
+// stores it. The end of the row is a pack filled up with zeros, so that f is compiled for packs alone.
 template <class A, class F>
 NG_HOST_DEVICE void for_packs(int64_t columns, F f) {
     using Pack = typename Simd<A>::Pack;
@@ -52,7 +52,7 @@ NG_HOST_DEVICE void for_packs(int64_t columns, F f) {
         });
 }
 
-template <class T>
+template <class T, bool GeluFirst>
 void forward_rows(const NormGelu& args, int64_t begin, int64_t end) {
     using A = compute_t<T>;
     using Pack = typename Simd<A>::Pack;
@@ -65,7 +65,7 @@ void forward_rows(const NormGelu& args, int64_t begin, int64_t end) {
         Pack squares = {};
         for_packs<A>(columns, [&](int64_t j, auto get, auto put) {
             Pack x = get(s + j);
-            if (args.gelu_first) {
+            if constexpr (GeluFirst) {
                 x = gelu(x);
                 put(v + j, x);
             }
@@ -75,12 +75,12 @@ void forward_rows(const NormGelu& args, int64_t begin, int64_t end) {
         const A rho = mean_square > 0 ? A(1) / std::sqrt(mean_square) : A(0);
         if (args.rho) static_cast<A*>(args.rho)[row] = rho;
         for_packs<A>(columns, [&](int64_t j, auto get, auto put) {
-            put(a + j, args.gelu_first ? get(v + j) * rho : gelu(get(s + j) * rho));
+            put(a + j, GeluFirst ? get(v + j) * rho : gelu(get(s + j) * rho));
         });
     }
 }
 
-template <class T>
+template <class T, bool GeluFirst>
 void backward_rows(const NormGeluBackward& args, int64_t begin, int64_t end) {
     using A = compute_t<T>;
     using Pack = typename Simd<A>::Pack;
@@ -92,7 +92,7 @@ void backward_rows(const NormGeluBackward& args, int64_t begin, int64_t end) {
         A *first = kept.get(), *second = first + columns;
         const A rho = static_cast<const A*>(args.rho)[row];
         Pack dots = {};
-        if (args.gelu_first) {  // first: a; second: gelu'(s)
+        if constexpr (GeluFirst) {  // first: a; second: gelu'(s)
             for_packs<A>(columns, [&](int64_t j, auto get, auto put) {
                 const Pack x = get(s + j), phi = normal_distribution(x), normed = x * phi * rho;
                 put(first + j, normed);
@@ -110,9 +110,9 @@ void backward_rows(const NormGeluBackward& args, int64_t begin, int64_t end) {
         }
         const A mean = sum_lanes(dots) * static_cast<A>(args.per_count);
         for_packs<A>(columns, [&](int64_t j, auto get, auto put) {
-            const Pack h = args.gelu_first ? get(da + j) : get(second + j);
+            const Pack h = GeluFirst ? get(da + j) : get(second + j);
             const Pack d = (h - get(first + j) * mean) * rho;
-            put(ds + j, args.gelu_first ? d * get(second + j) : d);
+            put(ds + j, GeluFirst ? d * get(second + j) : d);
         });
     }
 }
@@ -120,11 +120,17 @@ void backward_rows(const NormGeluBackward& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void norm_gelu_rows(const NormGelu& args, int64_t begin, int64_t end) {
-    with_floating(args.type, [&](auto s) { forward_rows<decltype(s)>(args, begin, end); });
+    with_floating(args.type, [&](auto s) {
+        if (args.gelu_first) return forward_rows<decltype(s), true>(args, begin, end);
+        forward_rows<decltype(s), false>(args, begin, end);
+    });
 }
 
 void norm_gelu_backward_rows(const NormGeluBackward& args, int64_t begin, int64_t end) {
-    with_floating(args.type, [&](auto s) { backward_rows<decltype(s)>(args, begin, end); });
+    with_floating(args.type, [&](auto s) {
+        if (args.gelu_first) return backward_rows<decltype(s), true>(args, begin, end);
+        backward_rows<decltype(s), false>(args, begin, end);
+    });
 }
 
 NG_NAMESPACE_END
