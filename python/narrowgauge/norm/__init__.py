@@ -25,7 +25,6 @@ from narrowgauge.norm.pre_rms_norm import CRMSNorm, ZeroMeanLinear, crms_norm
 from narrowgauge.norm.qk_norm import QKNorm, head_rms_norm, qk_norm
 from narrowgauge.norm.quant_l1_norm import QuantL1LayerNorm, quant_l1_layer_norm
 from narrowgauge.norm.rms_norm import RMSNorm, add_rms_norm, rms_norm
-from narrowgauge.norm.rms_norm_quant import rms_norm_quant
 from narrowgauge.norm.scale_norm import ScaleNorm, l2_normalize, scale_norm
 from narrowgauge.norm.seednorm import SeeDNorm, seed_norm
 from narrowgauge.norm.tokenformer import TokenParameterAttention, gelu_l2_norm, l2_norm_gelu
