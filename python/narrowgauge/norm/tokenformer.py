@@ -54,10 +54,10 @@ LONG = ((1, 8208), "vectors beyond the registers"), ((2, 2053), "an odd row beyo
 
 def _samples(make: SampleMaker) -> Iterator[Sample]:
     for gelu_first in (False, True):
-        for shape, why in _reference.SHAPES + LONG:
-            yield Sample((make(*shape), float(shape[-1]), 0.0, gelu_first), why)
         yield Sample((make(6, 40), 17.0, 0.0, gelu_first), "the count of a grown layer")
         yield Sample((make(6, 48, scale=20), 48.0, 0.25, gelu_first), "eps, large scores")
+        for shape, why in _reference.SHAPES + LONG:
+            yield Sample((make(*shape), float(shape[-1]), 0.0, gelu_first), why)
 
 
 def _samples_with_zeros(make: SampleMaker) -> Iterator[Sample]:
