@@ -229,7 +229,8 @@ def test_what_backward_needs_must_not_be_overwritten(wired: Differentiable) -> N
     first, *rest = args
     changed = first * 1
     results = results_of(wired, (changed, *rest))
-    (results[1] if len(results) > 1 else changed).detach().zero_()
+    for tensor in (changed, *results):  # a backward starts from arguments, or from results
+        tensor.detach().zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         results[0].sum().backward()
 
