@@ -1,0 +1,155 @@
+// Blocks of 64 bytes of floats or doubles, as one register where the instruction set has such registers and
+// as two packs elsewhere: the lanes of a block, and so the order of a sum, are the same on both.
+//
+// For loops whose time is arithmetic (exponentials), not memory; simd.h is enough for the others.
+#pragma once
+
+#include "common/math.h"
+
+NG_NAMESPACE_BEGIN
+
+#if defined(__AVX512F__)
+constexpr int register_bytes = 64;
+#else
+constexpr int register_bytes = 32;
+#endif
+
+template <class T, int Bytes>
+struct VectorOf {
+    typedef T type __attribute__((vector_size(Bytes)));
+};
+
+template <class A>
+struct Wide {
+    using Pack = typename VectorOf<A, register_bytes>::type;
+    static constexpr int lanes = register_bytes / sizeof(A);  // of a pack
+    static constexpr int packs = 64 / register_bytes;         // of a block
+    static constexpr int block = lanes * packs;
+};
+
+template <class A>
+using WidePack = typename Wide<A>::Pack;
+
+// --- memory --------------------------------------------------------------------------------------
+
+NG_HOST_DEVICE WidePack<float> load_vector(const float* p) {
+    WidePack<float> pack;
+    memcpy(&pack, p, sizeof(pack));
+    return pack;
+}
+NG_HOST_DEVICE WidePack<double> load_vector(const double* p) {
+    WidePack<double> pack;
+    memcpy(&pack, p, sizeof(pack));
+    return pack;
+}
+NG_HOST_DEVICE void store_vector(float* p, WidePack<float> pack) { memcpy(p, &pack, sizeof(pack)); }
+NG_HOST_DEVICE void store_vector(double* p, WidePack<double> pack) { memcpy(p, &pack, sizeof(pack)); }
+
+#if defined(__AVX512F__)
+using WideU32 = VectorOf<uint32_t, 64>::type;
+using WideI32 = VectorOf<int32_t, 64>::type;
+using WideU16 = VectorOf<uint16_t, 32>::type;
+
+// As load_pack and store_pack in simd.h, sixteen at a time.
+NG_HOST_DEVICE WidePack<float> load_vector(const bf16* p) {
+    WideU16 narrow;
+    memcpy(&narrow, p, sizeof(narrow));
+    return bit_cast<WidePack<float>>(__builtin_convertvector(narrow, WideU32) << 16);
+}
+NG_HOST_DEVICE WidePack<float> load_vector(const f16* p) {
+    WideU16 narrow;
+    memcpy(&narrow, p, sizeof(narrow));
+    const WideU32 wide = __builtin_convertvector(narrow, WideU32), magnitude = wide & 0x7fffu;
+    const WidePack<float> subnormal =
+        __builtin_convertvector(bit_cast<WideI32>(magnitude), WidePack<float>) * 0x1p-24f;
+    const WideU32 rebias = magnitude >= 0x7c00u ? WideU32{} + (224u << 23) : WideU32{} + (112u << 23);
+    const WideU32 bits = magnitude < 0x0400u ? bit_cast<WideU32>(subnormal) : (magnitude << 13) + rebias;
+    return bit_cast<WidePack<float>>(bits | (wide & 0x8000u) << 16);
+}
+NG_HOST_DEVICE void store_vector(bf16* p, WidePack<float> pack) {
+    const WideU32 bits = bit_cast<WideU32>(pack);
+    const WideU32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const WideU32 code = (bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded;
+    const WideU16 narrow = __builtin_convertvector(code, WideU16);
+    memcpy(p, &narrow, sizeof(narrow));
+}
+NG_HOST_DEVICE void store_vector(f16* p, WidePack<float> pack) {
+    const WideU32 bits = bit_cast<WideU32>(pack), magnitude = bits & 0x7fffffffu;
+    const WidePack<float> magic = WidePack<float>{} + 0.5f;
+    const WideU32 normal = ((magnitude + 0xfffu + ((magnitude >> 13) & 1u)) >> 13) - (112u << 10);
+    const WideU32 subnormal =
+        bit_cast<WideU32>(bit_cast<WidePack<float>>(magnitude) + magic) - bit_cast<WideU32>(magic);
+    WideU32 code = magnitude < 0x38800000u ? subnormal : normal;
+    code = magnitude >= 0x477ff000u ? WideU32{} + 0x7c00u : code;
+    code = magnitude > 0x7f800000u ? WideU32{} + 0x7e00u : code;
+    const WideU16 narrow = __builtin_convertvector(code | ((bits >> 16) & 0x8000u), WideU16);
+    memcpy(p, &narrow, sizeof(narrow));
+}
+#else
+NG_HOST_DEVICE F32x8 load_vector(const bf16* p) { return load_pack(p); }
+NG_HOST_DEVICE F32x8 load_vector(const f16* p) { return load_pack(p); }
+NG_HOST_DEVICE void store_vector(bf16* p, F32x8 pack) { store_pack(p, pack); }
+NG_HOST_DEVICE void store_vector(f16* p, F32x8 pack) { store_pack(p, pack); }
+#endif
+
+// The first `count` of a pack, the others `rest`; reads and writes nothing beyond.
+template <class A, class T>
+NG_HOST_DEVICE WidePack<A> load_part(const T* p, int64_t count, T rest) {
+    T values[Wide<A>::lanes];
+    for (int i = 0; i < Wide<A>::lanes; ++i) values[i] = i < count ? p[i] : rest;
+    return load_vector(values);
+}
+template <class A, class T>
+NG_HOST_DEVICE void store_part(T* p, int64_t count, WidePack<A> pack) {
+    T values[Wide<A>::lanes];
+    store_vector(values, pack);
+    for (int i = 0; i < Wide<A>::lanes; ++i) {
+        if (i < count) p[i] = values[i];
+    }
+}
+
+// --- a block -------------------------------------------------------------------------------------
+
+// One value per lane of a block.
+template <class A>
+struct Block {
+    WidePack<A> packs[Wide<A>::packs];
+
+    static NG_HOST_DEVICE Block all(A value) {
+        Block block;
+        for (auto& pack : block.packs) pack = WidePack<A>{} + value;
+        return block;
+    }
+};
+
+// Combines the lanes by a fixed tree.
+template <class A, class Combine>
+NG_HOST_DEVICE A fold_lanes(const Block<A>& block, Combine combine) {
+    A values[Wide<A>::block];
+    memcpy(values, &block, sizeof(values));
+    for (int width = Wide<A>::block / 2; width > 0; width /= 2) {
+        for (int i = 0; i < width; ++i) values[i] = combine(values[i], values[i + width]);
+    }
+    return values[0];
+}
+
+// Calls body(j, p, count) for every pack of [0, count): j is where it starts, p its place in the block, count
+// how many of its elements exist; `whole` is true at compile time where all do.
+template <class A, class Body>
+NG_HOST_DEVICE void for_wide(int64_t columns, Body body) {
+    constexpr int lanes = Wide<A>::lanes, packs = Wide<A>::packs;
+    int64_t j = 0;
+    for (; j + Wide<A>::block <= columns; j += Wide<A>::block) {
+        for (int p = 0; p < packs; ++p) body(std::true_type{}, j + p * lanes, p, lanes);
+    }
+    for (int p = 0; p < packs && j < columns; ++p, j += lanes) {
+        const int64_t count = columns - j < lanes ? columns - j : lanes;
+        if (count == lanes) {
+            body(std::true_type{}, j, p, lanes);
+        } else {
+            body(std::false_type{}, j, p, static_cast<int>(count));
+        }
+    }
+}
+
+NG_NAMESPACE_END
