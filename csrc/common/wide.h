@@ -47,43 +47,27 @@ NG_HOST_DEVICE void store_vector(double* p, WidePack<double> pack) { memcpy(p, &
 
 #if defined(__AVX512F__)
 using WideU32 = VectorOf<uint32_t, 64>::type;
-using WideI32 = VectorOf<int32_t, 64>::type;
-using WideU16 = VectorOf<uint16_t, 32>::type;
 
-// As load_pack and store_pack in simd.h, sixteen at a time.
+// As load_pack and store_pack in simd.h, sixteen at a time. (The masked forms, with all lanes wanted, because
+// GCC 12 warns of uninitialised registers in the plain ones.)
 NG_HOST_DEVICE WidePack<float> load_vector(const bf16* p) {
-    WideU16 narrow;
-    memcpy(&narrow, p, sizeof(narrow));
-    return bit_cast<WidePack<float>>(__builtin_convertvector(narrow, WideU32) << 16);
+    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return bit_cast<WidePack<float>>(bit_cast<WideU32>(_mm512_maskz_cvtepu16_epi32(0xffff, narrow)) << 16);
 }
 NG_HOST_DEVICE WidePack<float> load_vector(const f16* p) {
-    WideU16 narrow;
-    memcpy(&narrow, p, sizeof(narrow));
-    const WideU32 wide = __builtin_convertvector(narrow, WideU32), magnitude = wide & 0x7fffu;
-    const WidePack<float> subnormal =
-        __builtin_convertvector(bit_cast<WideI32>(magnitude), WidePack<float>) * 0x1p-24f;
-    const WideU32 rebias = magnitude >= 0x7c00u ? WideU32{} + (224u << 23) : WideU32{} + (112u << 23);
-    const WideU32 bits = magnitude < 0x0400u ? bit_cast<WideU32>(subnormal) : (magnitude << 13) + rebias;
-    return bit_cast<WidePack<float>>(bits | (wide & 0x8000u) << 16);
+    return bit_cast<WidePack<float>>(
+        _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
 NG_HOST_DEVICE void store_vector(bf16* p, WidePack<float> pack) {
     const WideU32 bits = bit_cast<WideU32>(pack);
     const WideU32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const WideU32 code = (bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded;
-    const WideU16 narrow = __builtin_convertvector(code, WideU16);
-    memcpy(p, &narrow, sizeof(narrow));
+    const WideU32 code = pack != pack ? (bits >> 16) | 0x40u : rounded;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_maskz_cvtepi32_epi16(0xffff, bit_cast<__m512i>(code)));
 }
 NG_HOST_DEVICE void store_vector(f16* p, WidePack<float> pack) {
-    const WideU32 bits = bit_cast<WideU32>(pack), magnitude = bits & 0x7fffffffu;
-    const WidePack<float> magic = WidePack<float>{} + 0.5f;
-    const WideU32 normal = ((magnitude + 0xfffu + ((magnitude >> 13) & 1u)) >> 13) - (112u << 10);
-    const WideU32 subnormal =
-        bit_cast<WideU32>(bit_cast<WidePack<float>>(magnitude) + magic) - bit_cast<WideU32>(magic);
-    WideU32 code = magnitude < 0x38800000u ? subnormal : normal;
-    code = magnitude >= 0x477ff000u ? WideU32{} + 0x7c00u : code;
-    code = magnitude > 0x7f800000u ? WideU32{} + 0x7e00u : code;
-    const WideU16 narrow = __builtin_convertvector(code | ((bits >> 16) & 0x8000u), WideU16);
-    memcpy(p, &narrow, sizeof(narrow));
+    const __m256i narrow = _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(pack), _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
 }
 #else
 NG_HOST_DEVICE F32x8 load_vector(const bf16* p) { return load_pack(p); }

@@ -8,6 +8,7 @@ from narrowgauge.norm import (
     add_layer_norm,
     add_rms_norm,
     crms_norm,
+    cross_entropy,
     derf,
     dyt,
     fold_unified_norm,
@@ -21,6 +22,9 @@ from narrowgauge.norm import (
     layer_norm,
     layer_norm_linear,
     layer_norm_quant,
+    linear_cross_entropy,
+    log_softmax,
+    logsumexp,
     peri_add_norm,
     poly_norm,
     qk_norm,
@@ -31,6 +35,8 @@ from narrowgauge.norm import (
     rms_norm_quant,
     scale_norm,
     seed_norm,
+    softmax,
+    sum_exp_extended,
 )
 
 __all__ = [
@@ -41,6 +47,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "crms_norm",
+    "cross_entropy",
     "derf",
     "dyt",
     "fold_unified_norm",
@@ -54,6 +61,9 @@ __all__ = [
     "layer_norm",
     "layer_norm_linear",
     "layer_norm_quant",
+    "linear_cross_entropy",
+    "log_softmax",
+    "logsumexp",
     "peri_add_norm",
     "poly_norm",
     "qk_norm",
@@ -64,4 +74,6 @@ __all__ = [
     "rms_norm_quant",
     "scale_norm",
     "seed_norm",
+    "softmax",
+    "sum_exp_extended",
 ]
