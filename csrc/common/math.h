@@ -25,9 +25,17 @@ NG_HOST_DEVICE V clamp_pack(V x, Lane<V> low, Lane<V> high) {
     x = x < V{} + low ? V{} + low : x;
     return x > V{} + high ? V{} + high : x;
 }
+// b where one is NaN.
 template <class V>
 NG_HOST_DEVICE V max_pack(V a, V b) {
-    return a > b ? a : b;  // b where one is NaN
+#if defined(__AVX512F__)  // GCC 12 makes a comparison and a blend of it
+    if constexpr (sizeof(V) == 64 && std::is_same_v<Lane<V>, float>) {
+        return bit_cast<V>(_mm512_maskz_max_ps(0xffff, bit_cast<__m512>(a), bit_cast<__m512>(b)));
+    } else if constexpr (sizeof(V) == 64) {
+        return bit_cast<V>(_mm512_maskz_max_pd(0xff, bit_cast<__m512d>(a), bit_cast<__m512d>(b)));
+    }
+#endif
+    return a > b ? a : b;
 }
 template <class V>
 NG_HOST_DEVICE V abs_pack(V x) {
@@ -85,7 +93,7 @@ template <class V>
 NG_HOST_DEVICE V power_of_two(V n) {
     using C = ExpConstants<Lane<V>>;
     using I = Mask<V>;
-    const V biased = max_pack(n + C::bias, V{}) + C::to_integer;
+    const V biased = max_pack(n, V{} - C::bias) + (C::bias + C::to_integer);
     return bit_cast<V>(bit_cast<I>(biased) << C::mantissa_bits);
 }
 

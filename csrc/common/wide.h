@@ -78,18 +78,49 @@ NG_HOST_DEVICE void store_vector(f16* p, F32x8 pack) { store_pack(p, pack); }
 
 // The first `count` of a pack, the others `rest`; reads and writes nothing beyond.
 template <class A, class T>
-NG_HOST_DEVICE WidePack<A> load_part(const T* p, int64_t count, T rest) {
+NG_HOST_DEVICE WidePack<A> load_part(const T* p, int count, T rest) {
+#if defined(__AVX512F__)
+    const unsigned lanes = (1u << count) - 1;
+    if constexpr (std::is_same_v<T, float>) {
+        return bit_cast<WidePack<A>>(
+            _mm512_mask_loadu_ps(_mm512_set1_ps(rest), static_cast<__mmask16>(lanes), p));
+    } else if constexpr (std::is_same_v<T, double>) {
+        return bit_cast<WidePack<A>>(
+            _mm512_mask_loadu_pd(_mm512_set1_pd(rest), static_cast<__mmask8>(lanes), p));
+    } else {
+        T values[16];
+        const __m256i others = _mm256_set1_epi16(static_cast<int16_t>(rest.bits));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(values),
+                            _mm256_mask_loadu_epi16(others, static_cast<__mmask16>(lanes), p));
+        return load_vector(values);
+    }
+#else
     T values[Wide<A>::lanes];
     for (int i = 0; i < Wide<A>::lanes; ++i) values[i] = i < count ? p[i] : rest;
     return load_vector(values);
+#endif
 }
 template <class A, class T>
-NG_HOST_DEVICE void store_part(T* p, int64_t count, WidePack<A> pack) {
+NG_HOST_DEVICE void store_part(T* p, int count, WidePack<A> pack) {
+#if defined(__AVX512F__)
+    const unsigned lanes = (1u << count) - 1;
+    if constexpr (std::is_same_v<T, float>) {
+        _mm512_mask_storeu_ps(p, static_cast<__mmask16>(lanes), bit_cast<__m512>(pack));
+    } else if constexpr (std::is_same_v<T, double>) {
+        _mm512_mask_storeu_pd(p, static_cast<__mmask8>(lanes), bit_cast<__m512d>(pack));
+    } else {
+        T values[16];
+        store_vector(values, pack);
+        _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(lanes),
+                                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+    }
+#else
     T values[Wide<A>::lanes];
     store_vector(values, pack);
     for (int i = 0; i < Wide<A>::lanes; ++i) {
         if (i < count) p[i] = values[i];
     }
+#endif
 }
 
 // --- a block -------------------------------------------------------------------------------------
@@ -106,15 +137,22 @@ struct Block {
     }
 };
 
-// Combines the lanes by a fixed tree.
+// Combines the lanes by a fixed tree, halves with halves; combine takes vectors and scalars.
 template <class A, class Combine>
 NG_HOST_DEVICE A fold_lanes(const Block<A>& block, Combine combine) {
-    A values[Wide<A>::block];
-    memcpy(values, &block, sizeof(values));
-    for (int width = Wide<A>::block / 2; width > 0; width /= 2) {
-        for (int i = 0; i < width; ++i) values[i] = combine(values[i], values[i + width]);
+    using Half = typename VectorOf<A, 32>::type;
+    using Quarter = typename VectorOf<A, 16>::type;
+    Half halves[2];
+    memcpy(halves, &block, sizeof(halves));
+    const Half half = combine(halves[0], halves[1]);
+    Quarter quarters[2];
+    memcpy(quarters, &half, sizeof(quarters));
+    const Quarter last = combine(quarters[0], quarters[1]);
+    if constexpr (sizeof(A) == 8) {
+        return combine(A(last[0]), A(last[1]));
+    } else {
+        return combine(combine(A(last[0]), A(last[2])), combine(A(last[1]), A(last[3])));
     }
-    return values[0];
 }
 
 // Calls body(j, p, count) for every pack of [0, count): j is where it starts, p its place in the block, count

@@ -125,7 +125,7 @@ class LossRows {
                 }
                 sum.packs[p] += term;
             });
-            total += fold_lanes<A>(sum, [](A a, A b) { return a + b; });
+            total += fold_lanes<A>(sum, [](auto a, auto b) { return a + b; });
         });
         return total;
     }

@@ -28,7 +28,7 @@ NG_HOST_DEVICE auto loader(const T* x) {
 template <class V>
 NG_HOST_DEVICE V exp_below(V x) {
     const V low = V{} - 2 * ExpConstants<Lane<V>>::bias;
-    const auto [fraction, exponent] = exp_parts(x < low ? low : x);
+    const auto [fraction, exponent] = exp_parts(max_pack(low, x));
     return (fraction + 1) * power_of_two(exponent);
 }
 
@@ -38,7 +38,7 @@ NG_HOST_DEVICE A max_of(int64_t columns, Load load) {
     for_wide<A>(columns, [&](auto whole, int64_t j, int p, int count) {
         most.packs[p] = max_pack(load(whole, j, count), most.packs[p]);
     });
-    return fold_lanes<A>(most, [](A a, A b) { return a > b ? a : b; });
+    return fold_lanes<A>(most, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // Float sums are taken of this many columns and added in double, so that their error does not grow with the
@@ -90,7 +90,7 @@ bool in_range(const ExtendedSum<double>& s) {
 template <class V>
 NG_HOST_DEVICE ExpParts<V> extended_parts(V x) {
     const V low = V{} + ExtendedRange<Lane<V>>::lowest;
-    return exp_parts(x < low ? low : x);
+    return exp_parts(max_pack(low, x));
 }
 
 template <class A, class Load>
@@ -123,9 +123,9 @@ NG_HOST_DEVICE ExtendedSum<A> extended_chunk(int64_t columns, Load load) {
                        (parts.fraction + 1) * power_of_two(parts.exponent - top);
         exponent.packs[p] = top;
     });
-    const A top = fold_lanes<A>(exponent, [](A a, A b) { return a > b ? a : b; });
+    const A top = fold_lanes<A>(exponent, [](auto a, auto b) { return a > b ? a : b; });
     for (int p = 0; p < packs; ++p) sum.packs[p] *= power_of_two(exponent.packs[p] - top);
-    return {fold_lanes<A>(sum, [](A a, A b) { return a + b; }), top};
+    return {fold_lanes<A>(sum, [](auto a, auto b) { return a + b; }), top};
 }
 
 inline ExtendedSum<double> merge(const ExtendedSum<double>& a, const ExtendedSum<double>& b) {
@@ -177,7 +177,7 @@ double sum_below(int64_t columns, Load load, A most, A* kept) {
             });
         };
         kept ? run(std::true_type{}) : run(std::false_type{});
-        total += fold_lanes<A>(sum, [](A a, A b) { return a + b; });
+        total += fold_lanes<A>(sum, [](auto a, auto b) { return a + b; });
     });
     return total;
 }
@@ -210,10 +210,10 @@ NG_HOST_DEVICE ShiftedSum<A> online_chunk(int64_t columns, Load load) {
         sum.packs[p] = sum.packs[p] * exp_below(most.packs[p] - shift) + exp_below(x - shift);
         most.packs[p] = top;
     });
-    const A top = fold_lanes<A>(most, [](A a, A b) { return a > b ? a : b; });
+    const A top = fold_lanes<A>(most, [](auto a, auto b) { return a > b ? a : b; });
     const Pack shift = base(Pack{} + top);
     for (int p = 0; p < packs; ++p) sum.packs[p] *= exp_below(most.packs[p] - shift);
-    return {fold_lanes<A>(sum, [](A a, A b) { return a + b; }), top};
+    return {fold_lanes<A>(sum, [](auto a, auto b) { return a + b; }), top};
 }
 
 inline ShiftedSum<double> merge(const ShiftedSum<double>& a, const ShiftedSum<double>& b) {

@@ -129,7 +129,7 @@ class Rows {
             if (args_.log) {
                 using C = ExpConstants<A>;
                 const A shift = sum.extended ? sum.shift * C::ln2_high : sum.shift;
-                const A logarithm = static_cast<A>(std::log(sum.sum));
+                const A logarithm = std::log(static_cast<A>(sum.sum));
                 const A rest = sum.extended ? sum.shift * C::ln2_low + logarithm : logarithm;
                 for_wide<A>(count, [&](auto whole, int64_t j, int, int n) {
                     store(whole, j, n, (load(whole, j, n) - shift) - rest);
@@ -283,7 +283,7 @@ class BackwardRows {
             const auto g = load(whole, dy + j, n);
             sum.packs[p] += args_.log ? g : g * load(whole, y + j, n);
         });
-        return fold_lanes<A>(sum, [](A a, A b) { return a + b; });
+        return fold_lanes<A>(sum, [](auto a, auto b) { return a + b; });
     }
 
     void write(int64_t row, int64_t segment, A sum) {
