@@ -34,11 +34,11 @@ def _samples(make: SampleMaker) -> Iterator[Sample]:
         (make(2, 3, 4, 8), make(3, 1, 8) > 0, False, True, "auto", None), "a boolean mask, dead rows 0"
     )
     yield Sample((make(2, 3, 24), make(3, 24), True, False, "online", None), "an additive mask")
+    yield Sample((make(129), None, False, False, "two_pass", wide), "one row, wide output")
     yield Sample((make(0, 8), None, False, False, "auto", None), "no rows")
     yield Sample((make(4, 0), None, False, False, "auto", None), "rows without elements")
     yield Sample((make(6, 40), None, True, False, "auto", None), "logarithm")
     yield Sample((make(6, 40), None, True, False, "two_pass", wide), "logarithm, wide output")
-    yield Sample((make(129), None, False, False, "two_pass", wide), "one row, wide output")
     yield Sample((make(2, 2056), None, False, False, "online", None), "more than one warp's registers")
 
 
@@ -66,6 +66,7 @@ def _row_samples(make: SampleMaker) -> Iterator[Sample]:
     yield Sample((make(0, 8),), "no rows")
     yield Sample((make(3, 0),), "rows without elements")
     yield Sample((make(2, 2056),), "more than one warp's registers")
+    yield Sample((make(6, 40),), "a few rows")
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
