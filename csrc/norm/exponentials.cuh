@@ -10,7 +10,8 @@ __device__ __forceinline__ A minus_infinity() {
     return -A(INFINITY);
 }
 
-// The largest value in each group of `group` consecutive threads, as group_sum in reduce.cuh.
+// The largest value in each group of `group` consecutive threads, as group_sum in reduce.cuh. The first
+// reduction of a kernel: it does not wait for readers of an earlier use of `partials`.
 template <class A>
 __device__ __forceinline__ A group_max(A value, int group, Shared<A> partials) {
     for (int offset = (group < warp_threads ? group : warp_threads) / 2; offset > 0; offset /= 2) {
@@ -19,7 +20,6 @@ __device__ __forceinline__ A group_max(A value, int group, Shared<A> partials) {
     if (group <= warp_threads) return value;
 
     const int warp = threadIdx.x / warp_threads, warps = group / warp_threads, first = warp / warps * warps;
-    __syncthreads();  // every thread has read the partials of the call before
     if (threadIdx.x % warp_threads == 0) partials[warp] = value;
     __syncthreads();
     for (int i = 0; i < warps; ++i) value = max(value, A(partials[first + i]));
