@@ -283,11 +283,10 @@ def test_one_long_row_has_the_same_bits_on_any_number_of_threads_and_among_other
 
 @needs_native
 def test_exp_in_packs_is_within_one_unit_in_the_last_place() -> None:
-    """One element beside 0 gives e^x / (1 + e^x) + e^x: its sum is exp itself where e^x is small."""
+    """Seen through rows (x, 0), whose softmax is e^x / (1 + e^x): close to e^x itself for x <= -5."""
     x = -torch.rand(4000, 1, dtype=torch.float64).mul(80).add(5)
     for dtype, tolerance in ((torch.float32, 1.2e-7), (torch.float64, 2.5e-16)):
         narrow = x.to(dtype)
-        # Softmax of (x, 0): two terms, of which the second is 1, so the first is exp(x) up to the sum's rounding.
         y = softmax(torch.cat([narrow, torch.zeros_like(narrow)], 1), algorithm="three_pass")[:, :1]
         truth = narrow.double().sigmoid()
         assert ((y.double() - truth).abs() / truth).max() < 2.5 * tolerance
