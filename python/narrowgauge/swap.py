@@ -102,7 +102,7 @@ def swap(
         norm: True replaces ``nn.LayerNorm``, ``nn.RMSNorm``, and modules that compute an RMSNorm with one weight,
             as Transformers writes it for Llama (``w``) and Gemma (``1 + w``), by layers that compute the same. A
             name replaces the same modules by another layer, to train with: ``"rms"``, ``"l1"``, ``"dyt"``,
-            ``"derf"``, ``"scale"``, ``"power"`` or ``"unified"``. False leaves norms alone.
+            ``"derf"``, ``"power"``, ``"unified"`` or ``"fixed_std"``. False leaves norms alone.
         linear: Recipe of `narrowgauge.quant.Linear` for every ``nn.Linear``, the output head included
             (keep it out with ``filter=lambda name, module: name != "lm_head"``). None leaves them alone.
         inplace: Change ``model`` itself; otherwise a deep copy, which is the report's ``model``.
@@ -265,7 +265,7 @@ def _other_norm(old: nn.Module, kind: str) -> tuple[nn.Module, str]:
     new = norm_replacements[kind](norm)
     if type(new) is type(same):
         return _new_norm(old)
-    return _take_over(new, old), "computes something else"
+    return _take_over(new, old), "another layer"
 
 
 def _new_linear(old: nn.Module, recipe: str) -> tuple[nn.Module, str]:

@@ -35,6 +35,7 @@ from narrowgauge.norm._channels import (
     update_state,
 )
 from narrowgauge.norm._reference import compute_dtype
+from narrowgauge.norm._replacement import ReplacedNorm, norm_replacement
 from narrowgauge.ops import Sample, SampleMaker, checks, operator, system
 from narrowgauge.ops.autograd import fused_function
 
@@ -319,6 +320,12 @@ class PowerNorm(TokenBatchNorm):
             f"warmup_iters={self.warmup_iters}, num_groups={self.num_groups}, batch_first={self.batch_first}, "
             f"backward_scale={self.backward_scale!r}, exclude_pad_grad={self.exclude_pad_grad}"
         )
+
+
+@norm_replacement("power")
+def _in_place_of(norm: ReplacedNorm) -> PowerNorm:
+    norm.need_weight()
+    return PowerNorm(norm.width, norm.eps, batch_first=True, device=norm.device, dtype=norm.dtype)
 
 
 system(

@@ -34,6 +34,7 @@ from narrowgauge.norm._channels import (
     update_state,
 )
 from narrowgauge.norm._reference import compute_dtype
+from narrowgauge.norm._replacement import ReplacedNorm, norm_replacement
 from narrowgauge.ops import Sample, SampleMaker, operator, system
 from narrowgauge.ops.autograd import fused_function
 
@@ -329,6 +330,12 @@ def fold_unified_norm(norm: UnifiedNorm, linear: nn.Linear) -> nn.Linear:
         folded.weight.copy_(weight * scale)
         folded.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=linear.weight.requires_grad)
     return folded
+
+
+@norm_replacement("unified")
+def _in_place_of(norm: ReplacedNorm) -> UnifiedNorm:
+    norm.need_weight()
+    return UnifiedNorm(norm.width, eps=norm.eps, device=norm.device, dtype=norm.dtype)
 
 
 system(
