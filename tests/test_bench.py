@@ -118,11 +118,9 @@ def test_case_names_are_unique_and_patterns_select():
     _, modules = load_bench(ROOT)
     names = [case.name for module in modules for case in module.CASES]
     assert len(names) == len(set(names)) > 20
-    chosen = harness.cases_of(modules, "cpu", "*RMS_norm 4096x4096 bfloat16 fwd+bwd")
-    assert {case.name for case in chosen} == {
-        "rms_norm fwd+bwd 4096x4096 bfloat16",
-        "add_rms_norm fwd+bwd 4096x4096 bfloat16",
-    }
+    chosen = {case.name for case in harness.cases_of(modules, "cpu", "*RMS_norm 4096x4096 bfloat16 fwd+bwd")}
+    assert {"rms_norm fwd+bwd 4096x4096 bfloat16", "add_rms_norm fwd+bwd 4096x4096 bfloat16"} < chosen
+    assert all(name.endswith("rms_norm fwd+bwd 4096x4096 bfloat16") for name in chosen)
     alone = harness.cases_of(modules, "cpu", "rms_norm 4096x4096 bfloat16 fwd+bwd")
     assert [case.name for case in alone] == ["rms_norm fwd+bwd 4096x4096 bfloat16"]
     assert all(case.only_on != "cuda" for case in harness.cases_of(modules, "cpu"))

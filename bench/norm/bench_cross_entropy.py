@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,11 +100,16 @@ CASES = [
 
 
 def main() -> None:
-    """Prints the peak memory, in a process that keeps no freed pages: ``python -m bench.norm.bench_cross_entropy``."""
+    """Peak memory, in a process that keeps no freed pages: ``python -m bench.norm.bench_cross_entropy [JSON]``."""
     setting = Setting("cuda" if torch.cuda.is_available() else "cpu", compile=False)
-    contest = _linear(1024, 64, 131072)(setting)
-    for name, call in contest.contestants.items():
-        print(f"linear_cross_entropy 1024x64x131072, {name}: {_peak(setting, call) / 2**20:.0f} MiB")
+    rows, features, classes = 1024, 64, 131072
+    contest = _linear(rows, features, classes)(setting)
+    case = f"linear_cross_entropy {rows}x{features}x{classes}"
+    peaks = {name: _peak(setting, call) for name, call in contest.contestants.items()}
+    for name, peak in peaks.items():
+        print(f"{case}, {name}: {peak / 2**20:.0f} MiB")
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(json.dumps({"case": case, "bytes": peaks}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(256) power_norm_update_kernel(PowerNormUpdate 
 constexpr int unified_threads = 512;
 
 template <class A>
-__global__ void __launch_bounds__(unified_threads) unified_norm_update_kernel(UnifiedNormUpdate args) {
+__global__ void __launch_bounds__(unified_threads, 1) unified_norm_update_kernel(UnifiedNormUpdate args) {
     SharedArena arena;
     const Shared<A> partials = arena.template take<A>(max_warps);
     const int threads = blockDim.x;
