@@ -1,4 +1,5 @@
 // Launches of the passes over tokens: how channels are cut into pieces and tokens into chunks.
+#include "common/floating.h"
 #include "norm/channels.cuh"
 
 namespace narrowgauge {
@@ -105,16 +106,7 @@ void run_with_type(const Arguments& args, Stream stream) {
 
 template <class Arguments>
 void run_any_type(const Arguments& args, Stream stream) {
-    switch (args.x_type) {
-        case DType::float64:
-            return run_with_type<double>(args, stream);
-        case DType::bfloat16:
-            return run_with_type<bf16>(args, stream);
-        case DType::float16:
-            return run_with_type<f16>(args, stream);
-        default:
-            return run_with_type<float>(args, stream);
-    }
+    with_floating(args.x_type, [&](auto x) { run_with_type<decltype(x)>(args, stream); });
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // Launches of the CRMSNorm kernels.
+#include "common/floating.h"
 #include "norm/crms_norm.cuh"
 
 namespace narrowgauge {
@@ -41,29 +42,11 @@ void backward_of(const CrmsBackward& args, Stream stream) {
 }  // namespace
 
 void launch_crms_forward(const CrmsForward& args, Stream stream) {
-    switch (args.type) {
-        case DType::float64:
-            return forward_of<double>(args, stream);
-        case DType::bfloat16:
-            return forward_of<bf16>(args, stream);
-        case DType::float16:
-            return forward_of<f16>(args, stream);
-        default:
-            return forward_of<float>(args, stream);
-    }
+    with_floating(args.type, [&](auto x) { forward_of<decltype(x)>(args, stream); });
 }
 
 void launch_crms_backward(const CrmsBackward& args, Stream stream) {
-    switch (args.type) {
-        case DType::float64:
-            return backward_of<double>(args, stream);
-        case DType::bfloat16:
-            return backward_of<bf16>(args, stream);
-        case DType::float16:
-            return backward_of<f16>(args, stream);
-        default:
-            return backward_of<float>(args, stream);
-    }
+    with_floating(args.type, [&](auto x) { backward_of<decltype(x)>(args, stream); });
 }
 
 }  // namespace narrowgauge

@@ -1,6 +1,7 @@
 // Launches of the kernels of the general row norm.
 #include <algorithm>
 
+#include "common/floating.h"
 #include "norm/general_norm.cuh"
 #include "norm/general_norm_launch.h"
 
@@ -91,16 +92,7 @@ void backward_of(const GeneralBackward& args, Stream stream) {
 }  // namespace
 
 void launch_general_norm_forward(const GeneralForward& args, Stream stream) {
-    switch (args.x_type) {
-        case DType::float64:
-            return forward_of<double>(args, stream);
-        case DType::bfloat16:
-            return forward_of<bf16>(args, stream);
-        case DType::float16:
-            return forward_of<f16>(args, stream);
-        default:
-            return forward_of<float>(args, stream);
-    }
+    with_floating(args.x_type, [&](auto x) { forward_of<decltype(x)>(args, stream); });
 }
 
 int64_t general_norm_backward_chunks_on_device(const GeneralBackward& args) {
@@ -108,16 +100,7 @@ int64_t general_norm_backward_chunks_on_device(const GeneralBackward& args) {
 }
 
 void launch_general_norm_backward(const GeneralBackward& args, Stream stream) {
-    switch (args.x_type) {
-        case DType::float64:
-            return backward_of<double>(args, stream);
-        case DType::bfloat16:
-            return backward_of<bf16>(args, stream);
-        case DType::float16:
-            return backward_of<f16>(args, stream);
-        default:
-            return backward_of<float>(args, stream);
-    }
+    with_floating(args.x_type, [&](auto x) { backward_of<decltype(x)>(args, stream); });
 }
 
 }  // namespace narrowgauge

@@ -1,6 +1,7 @@
 // Launches of the LayerNorm / RMSNorm kernels: how many threads share a row, and which instantiation runs.
 #include <algorithm>
 
+#include "common/floating.h"
 #include "norm/norm_launch.h"
 #include "norm/norm_long.cuh"
 
@@ -115,31 +116,13 @@ void backward_of(const NormBackward& args, Stream stream) {
 }  // namespace
 
 void launch_norm_forward(const NormForward& args, Stream stream) {
-    switch (args.x_type) {
-        case DType::float64:
-            return forward_of<double>(args, stream);
-        case DType::bfloat16:
-            return forward_of<bf16>(args, stream);
-        case DType::float16:
-            return forward_of<f16>(args, stream);
-        default:
-            return forward_of<float>(args, stream);
-    }
+    with_floating(args.x_type, [&](auto x) { forward_of<decltype(x)>(args, stream); });
 }
 
 int64_t norm_backward_chunks_on_device(const NormBackward& args) { return backward_launch(args).chunks; }
 
 void launch_norm_backward(const NormBackward& args, Stream stream) {
-    switch (args.x_type) {
-        case DType::float64:
-            return backward_of<double>(args, stream);
-        case DType::bfloat16:
-            return backward_of<bf16>(args, stream);
-        case DType::float16:
-            return backward_of<f16>(args, stream);
-        default:
-            return backward_of<float>(args, stream);
-    }
+    with_floating(args.x_type, [&](auto x) { backward_of<decltype(x)>(args, stream); });
 }
 
 }  // namespace narrowgauge

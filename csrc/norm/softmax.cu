@@ -1,4 +1,5 @@
 // Launches of softmax and its gradient.
+#include "common/floating.h"
 #include "norm/softmax.cuh"
 #include "norm/softmax_launch.h"
 
@@ -43,29 +44,11 @@ void backward_of(const SoftmaxBackward& args, Stream stream) {
 }  // namespace
 
 void launch_softmax_forward(const SoftmaxForward& args, Stream stream) {
-    switch (args.x_type) {
-        case DType::float64:
-            return forward_of<double>(args, stream);
-        case DType::bfloat16:
-            return forward_of<bf16>(args, stream);
-        case DType::float16:
-            return forward_of<f16>(args, stream);
-        default:
-            return forward_of<float>(args, stream);
-    }
+    with_floating(args.x_type, [&](auto x) { forward_of<decltype(x)>(args, stream); });
 }
 
 void launch_softmax_backward(const SoftmaxBackward& args, Stream stream) {
-    switch (args.x_type) {
-        case DType::float64:
-            return backward_of<double>(args, stream);
-        case DType::bfloat16:
-            return backward_of<bf16>(args, stream);
-        case DType::float16:
-            return backward_of<f16>(args, stream);
-        default:
-            return backward_of<float>(args, stream);
-    }
+    with_floating(args.x_type, [&](auto x) { backward_of<decltype(x)>(args, stream); });
 }
 
 }  // namespace narrowgauge
