@@ -174,10 +174,10 @@ def test_padding_stays_out_of_the_running_value() -> None:
     mask[1, 3:] = False
     x[~mask] = float("nan")
     norm = layer()
-    norm(x, mask)
+    norm(x, ~mask)
     torch.testing.assert_close(norm.std, sigma(x[mask]).mean())
     before = norm.running_std.clone()
-    norm(x, torch.zeros_like(mask))
+    norm(x, torch.ones_like(mask))
     assert_same_bits(norm.running_std, before)
 
 
@@ -190,12 +190,12 @@ def test_over_ranks_it_is_the_mean_of_all_tokens(monkeypatch: pytest.MonkeyPatch
         layer(process_group="all", **options),
         layer(process_group="all", **options),
     )
-    alone(x, mask)
+    alone(x, ~mask)
     sums: list[Tensor] = []
     monkeypatch.setattr(dist, "all_reduce", lambda total, group: sums.append(total.clone()))
-    there(x[2:], mask[2:])
+    there(x[2:], ~mask[2:])
     monkeypatch.setattr(dist, "all_reduce", lambda total, group: total.add_(sums[0]))
-    here(x[:2], mask[:2])
+    here(x[:2], ~mask[:2])
     torch.testing.assert_close(here.std, alone.std, rtol=1e-12, atol=0)
     assert (there.std - alone.std).abs().max() > 1e-3
 
@@ -269,8 +269,8 @@ def test_wrong_arguments_leave_the_buffers() -> None:
             r"x has shape \(2, 3, 7\), which does not end in normalized_shape \(8,\)",
         ),
         ((x.float(),), TypeError, "weight has dtype torch.float64 beside x of torch.float32"),
-        ((x, torch.ones(2, 3)), TypeError, "mask must be a boolean tensor, got torch.float32"),
-        ((x, torch.ones(3, dtype=torch.bool)), ValueError, r"mask has shape \(3,\); expected .*\(2, 3\)"),
+        ((x, torch.ones(2, 3)), TypeError, "pad_mask must be a boolean tensor, got torch.float32"),
+        ((x, torch.ones(3, dtype=torch.bool)), ValueError, r"pad_mask has shape \(3,\); expected .*\(2, 3\)"),
     ):
         with pytest.raises(error, match=f"FixedStdLayerNorm: {message}"):
             norm(*args)
@@ -415,7 +415,10 @@ def test_loss_and_its_gradient(masked: bool, padded: bool, backend: Any) -> None
 
     results = []
     with ng.backend(backend):
-        for function in (lambda x: ngf.residual_std_loss(x, mask, 0.3, valid=valid), written_out):
+        for function in (
+            lambda x: ngf.residual_std_loss(x, mask, 0.3, pad_mask=None if valid is None else ~valid),
+            written_out,
+        ):
             leaf = x.clone().requires_grad_()
             loss = function(leaf)
             results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
@@ -457,5 +460,5 @@ def test_loss_refuses() -> None:
     ):
         with pytest.raises(error, match=f"residual_std_loss: {message}"):
             ngf.residual_std_loss(*args)
-    with pytest.raises(ValueError, match="residual_std_loss: valid has shape"):
-        ngf.residual_std_loss(x, valid=torch.ones(5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="residual_std_loss: pad_mask has shape"):
+        ngf.residual_std_loss(x, pad_mask=torch.ones(5, dtype=torch.bool))

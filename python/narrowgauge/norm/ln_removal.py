@@ -175,7 +175,7 @@ def residual_std_loss(
     weight: float = 0.1,
     eps: float = 1e-5,
     *,
-    valid: Tensor | None = None,
+    pad_mask: Tensor | None = None,
 ) -> Tensor:
     """Auxiliary loss that makes the standard deviations of all tokens alike: ``weight * mean((sigma - target)^2)``.
 
@@ -186,7 +186,7 @@ def residual_std_loss(
         weight: Factor of the loss; the paper has 0.1 for GPT-2 small and medium, 0.03 for large, 0.01 for XL.
             Default 0.1.
         eps: Added to the biased variance in ``sigma``. Default 1e-5.
-        valid: Boolean, one entry per token; false for padding, which then counts nowhere. Default: all true.
+        pad_mask: Boolean, one entry per token; true for padding, which then counts nowhere. Default: no padding.
 
     Returns:
         A scalar in float32 (float64 for float64). ``target``, the mean sigma of the tokens in `mask`, is a constant for
@@ -199,8 +199,9 @@ def residual_std_loss(
     checks.check_floating(name, x=x)
     checks.check_eps(name, eps)
     _check_mask(name, "mask", x, mask)
-    _check_mask(name, "valid", x, valid)
+    _check_mask(name, "pad_mask", x, pad_mask)
     sigma: Tensor = _row_std.apply(x.contiguous(), eps)
+    valid = None if pad_mask is None else ~pad_mask
     if valid is not None:
         mask = valid if mask is None else mask & valid
     with torch.no_grad():
@@ -313,12 +314,12 @@ class FixedStdLayerNorm(nn.Module):
         self.special_first = False
         self.fixed_std[0] = self.fixed_std[1]
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalizes x; `mask` (true: a real token) keeps padding out of the running mean."""
+    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        """Normalizes x; `pad_mask` (one entry per token, true for padding) keeps padding out of the running mean."""
         name = "FixedStdLayerNorm"
         sizes = _arguments.normalized_sizes(name, x, self.normalized_shape)
         _arguments.check(name, x, sizes, self.weight, self.bias, self.eps, None)
-        _check_mask(name, "mask", x, mask)
+        _check_mask(name, "pad_mask", x, pad_mask)
         if self.special_first and x.dim() < 2:
             raise ValueError(
                 f"{name}: with special_first x needs a dimension of positions, got {tuple(x.shape)}"
@@ -326,13 +327,13 @@ class FixedStdLayerNorm(nn.Module):
         x, weight, bias = x.contiguous(), packed(self.weight), packed(self.bias)
         if not self.frozen:
             y, rstd = _real.apply(x, weight, bias, self.eps, 0.0, None)
-            self._track(rstd.detach(), mask)
+            self._track(rstd.detach(), pad_mask)
             return y
         if self.follow:
-            self._track(row_statistics_op(x.detach(), self.eps)[1], mask)
+            self._track(row_statistics_op(x.detach(), self.eps)[1], pad_mask)
             return _fixed.apply(x, self._scale(x), weight, bias, self.eps)[0]
         y, rstd = _fixed.apply(x, self._scale(x), weight, bias, self.eps)
-        self._track(rstd.detach(), mask)
+        self._track(rstd.detach(), pad_mask)
         return y
 
     @torch.no_grad()
@@ -346,18 +347,18 @@ class FixedStdLayerNorm(nn.Module):
         return per_position.expand(x.shape[:-1]).contiguous()
 
     @torch.no_grad()
-    def _track(self, rstd: Tensor, mask: Tensor | None) -> None:
+    def _track(self, rstd: Tensor, pad_mask: Tensor | None) -> None:
         """Takes the standard deviations of a batch into the running values."""
         sigma = rstd.reciprocal().to(self.running_std.dtype)
-        if mask is None and not self.special_first and self.process_group is None:
+        if pad_mask is None and not self.special_first and self.process_group is None:
             if sigma.numel() > 0:
                 batch = sigma.mean()
                 for running in (self.running_std, self.running_first_std):
                     running.copy_(torch.where(running.isnan(), batch, batch.lerp(running, self.decay)))
             return
         if sigma.dim() == 0:
-            sigma, mask = sigma[None], None if mask is None else mask[None]
-        kept = torch.ones_like(sigma, dtype=torch.bool) if mask is None else mask
+            sigma, pad_mask = sigma[None], None if pad_mask is None else pad_mask[None]
+        kept = torch.ones_like(sigma, dtype=torch.bool) if pad_mask is None else ~pad_mask
         first = torch.zeros_like(kept)
         first[..., :1] = True
         general = kept & ~first if self.special_first and self.exclude_first else kept
