@@ -32,6 +32,42 @@ NG_HOST_DEVICE V exp_below(V x) {
     return (fraction + 1) * power_of_two(exponent);
 }
 
+template <class T>
+struct LogConstants;
+// ln(1 + f) = f - f^2 / 2 + s (f^2 / 2 + r(s^2)) with s = f / (2 + f); the polynomials of FreeBSD's msun.
+template <>
+struct LogConstants<float> {
+    static constexpr int degree = 3;
+    static constexpr float r[] = {0x1.555554p-1f, 0x1.999c26p-2f, 0x1.23d3dcp-2f, 0x1.f13c4cp-3f};
+    static constexpr float root_half = 0x1.6a09e6p-1f, ln2_high = 0x1.62e3p-1f, ln2_low = 0x1.2fefa2p-17f;
+};
+template <>
+struct LogConstants<double> {
+    static constexpr int degree = 6;
+    static constexpr double r[] = {0x1.5555555555593p-1, 0x1.999999997fa04p-2, 0x1.2492494229359p-2,
+                                   0x1.c71c51d8e78afp-3, 0x1.7466496cb03dep-3, 0x1.39a09d078c69fp-3,
+                                   0x1.2f112df3e5244p-3};
+    static constexpr double root_half = 0x1.6a09e667f3bcdp-1, ln2_high = 0x1.62e42feep-1,
+                            ln2_low = 0x1.a39ef35793c76p-33;
+};
+
+// ln(x) within 1 unit in the last place, for normal numbers; NaN for NaN and infinity, something for 0.
+template <class V>
+NG_HOST_DEVICE V log_pack(V x) {
+    using C = LogConstants<Lane<V>>;
+    using E = ExpConstants<Lane<V>>;
+    using I = Mask<V>;
+    const I n = (bit_cast<I>(x) - bit_cast<I>(V{} + C::root_half)) >> E::mantissa_bits;
+    const V exponent = bit_cast<V>(n + bit_cast<I>(V{} + E::to_integer)) - E::to_integer;
+    const V f = bit_cast<V>(bit_cast<I>(x) - (n << E::mantissa_bits)) - 1;
+    const V s = f / (f + 2), square = s * s, half = f * f * Lane<V>(0.5);
+    V r = V{} + C::r[C::degree];
+#pragma GCC unroll 16
+    for (int i = C::degree - 1; i >= 0; --i) r = r * square + C::r[i];
+    const V log = exponent * C::ln2_high + (f - (half - (s * (half + r * square) + exponent * C::ln2_low)));
+    return log + (x - x);
+}
+
 template <class A, class Load>
 NG_HOST_DEVICE A max_of(int64_t columns, Load load) {
     Block<A> most = Block<A>::all(-infinity<A>);

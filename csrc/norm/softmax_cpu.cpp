@@ -43,6 +43,8 @@ template <class X, class Y>
 class Rows {
   public:
     using A = compute_t<X>;
+    using In = X;
+    using Out = Y;
 
     explicit Rows(const SoftmaxForward& args)
         : args_(args),
@@ -129,7 +131,7 @@ class Rows {
             if (args_.log) {
                 using C = ExpConstants<A>;
                 const A shift = sum.extended ? sum.shift * C::ln2_high : sum.shift;
-                const A logarithm = std::log(static_cast<A>(sum.sum));
+                const A logarithm = log_pack(WidePack<A>{} + static_cast<A>(sum.sum))[0];
                 const A rest = sum.extended ? sum.shift * C::ln2_low + logarithm : logarithm;
                 for_wide<A>(count, [&](auto whole, int64_t j, int, int n) {
                     store(whole, j, n, (load(whole, j, n) - shift) - rest);
@@ -244,6 +246,65 @@ class Rows {
     Scratch<double> partial_;
 };
 
+// Rows of one chunk without a mask, a group of them at a time: each step in a row waits for the one before,
+// and those of other rows fill the gaps. The same bits as those of Rows.
+constexpr int64_t short_row = 1024;
+
+template <bool Log, class X, class Y>
+void short_rows(const SoftmaxForward& args, int64_t begin, int64_t end) {
+    using A = compute_t<X>;
+    constexpr int group = 64 / sizeof(A);
+    const int64_t columns = args.columns, stride = columns + Wide<A>::block;
+    const Scratch<A> scratch(Log ? 0 : group * stride);
+    for (int64_t first = begin; first < end; first += group) {
+        const int rows = static_cast<int>(end - first < group ? end - first : group);
+        A shift[group], sum[group], last[group];
+        for (int r = 0; r < group; ++r) sum[r] = 1;
+        for (int r = 0; r < rows; ++r) {
+            shift[r] = max_of<A>(columns, loader<A>(row_of<X>(args.x, first + r, columns)));
+        }
+        for (int r = 0; r < rows; ++r) {
+            const auto load = loader<A>(row_of<X>(args.x, first + r, columns));
+            A* kept = scratch.get() + r * stride;
+            const A base = shift_for(shift[r]);
+            Block<A> total = Block<A>::all(0);
+            for_wide<A>(columns, [&](auto whole, int64_t j, int p, int count) {
+                const WidePack<A> term = exp_below(load(whole, j, count) - base);
+                if constexpr (!Log) store_vector(kept + j, term);
+                total.packs[p] += term;
+            });
+            sum[r] = fold_lanes<A>(total, [](auto a, auto b) { return a + b; });
+        }
+        for (int p = 0; p < group; p += Wide<A>::lanes) {
+            const WidePack<A> sums = load_vector(sum + p);
+            store_vector(last + p, Log ? log_pack(sums) : 1 / sums);
+        }
+        if (args.zero_masked) {
+            for (int r = 0; r < rows; ++r) {
+                if (shift[r] == -infinity<A> && sum[r] == 0) shift[r] = last[r] = 0;
+            }
+        }
+        for (int r = 0; r < rows; ++r) {
+            const auto load = loader<A>(row_of<X>(args.x, first + r, columns));
+            const A* kept = scratch.get() + r * stride;
+            Y* y = row_of<Y>(args.y, first + r, columns);
+            for_wide<A>(columns, [&](auto whole, int64_t j, int, int count) {
+                WidePack<A> value;
+                if constexpr (Log) {
+                    value = (load(whole, j, count) - shift[r]) - last[r];
+                } else {
+                    value = load_vector(kept + j) * last[r];
+                }
+                if constexpr (decltype(whole)::value) {
+                    store_vector(y + j, value);
+                } else {
+                    store_part<A>(y + j, count, value);
+                }
+            });
+        }
+    }
+}
+
 template <class F>
 void with_types(const SoftmaxForward& args, F f) {
     const bool wide = args.y_type == DType::float32;
@@ -348,7 +409,14 @@ void with_types(const SoftmaxBackward& args, F f) {
 }  // namespace
 
 void softmax_rows(const SoftmaxForward& args, int64_t begin, int64_t end) {
+    const bool together = args.columns <= short_row && args.algorithm == SoftmaxAlgorithm::three_pass &&
+                          args.y && !args.mask && !args.lse && !args.mantissa;
     with_types(args, [&](auto&& rows) {
+        using R = std::decay_t<decltype(rows)>;
+        if (together) {
+            return args.log ? short_rows<true, typename R::In, typename R::Out>(args, begin, end)
+                            : short_rows<false, typename R::In, typename R::Out>(args, begin, end);
+        }
         for (int64_t row = begin; row < end; ++row) rows.run(row);
     });
 }
