@@ -22,7 +22,7 @@ def _bytes(x: Tensor, backward: bool) -> int:
 
 
 def _build(
-    shape: tuple[int, ...], dtype: torch.dtype, backward: bool, forms: bool
+    shape: tuple[int, ...], dtype: torch.dtype, backward: bool = False, forms: bool = False, log: bool = False
 ) -> Callable[[Setting], Contest]:
     def build(setting: Setting) -> Contest:
         x = setting.random(*shape, dtype=dtype, requires_grad=backward)
@@ -33,8 +33,8 @@ def _build(
         }
         return compare(
             setting,
-            ng.softmax,
-            lambda x: torch.softmax(x, -1),
+            ng.log_softmax if log else ng.softmax,
+            lambda x: torch.log_softmax(x, -1) if log else torch.softmax(x, -1),
             [x],
             backward=backward,
             bytes_moved=_bytes(x, backward),
@@ -45,14 +45,24 @@ def _build(
 
 
 SHAPES = ((16384, 64), (256, 4096), (4096, 4096), (8, 4194304), (1, 16777216))
-CASES = [
-    Case("softmax", f"{'x'.join(map(str, shape))} {str(dtype)[6:]}", _build(shape, dtype, False, True))
-    for shape in SHAPES
-    for dtype in (torch.float32, torch.bfloat16)
-] + [
-    Case(
-        "softmax", f"{'x'.join(map(str, shape))} {str(dtype)[6:]} backward", _build(shape, dtype, True, False)
-    )
-    for shape in ((256, 4096), (4096, 4096))
-    for dtype in (torch.float32, torch.bfloat16)
-]
+CASES = (
+    [
+        Case("softmax", f"{'x'.join(map(str, shape))} {str(dtype)[6:]}", _build(shape, dtype, False, True))
+        for shape in SHAPES
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    + [
+        Case(
+            "softmax",
+            f"{'x'.join(map(str, shape))} {str(dtype)[6:]} backward",
+            _build(shape, dtype, True, False),
+        )
+        for shape in ((256, 4096), (4096, 4096))
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    + [
+        Case("log_softmax", f"{rows}x{columns} {str(dtype)[6:]}", _build((rows, columns), dtype, log=True))
+        for rows, columns in ((16384, 64), (1024, 1024), (4096, 4096))
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+)

@@ -18,8 +18,9 @@ constexpr int64_t few_rows = 8;
 
 SoftmaxAlgorithm chosen(SoftmaxAlgorithm algorithm, int64_t columns) {
     if (algorithm != SoftmaxAlgorithm::automatic) return algorithm;
-    // A row that stays in the cache costs one exponential an element if it is kept, two if it is not.
-    return columns <= 32768 ? SoftmaxAlgorithm::three_pass : SoftmaxAlgorithm::two_pass;
+    // A row of one segment costs one exponential an element, as those are kept; a longer one costs two, and
+    // then a pass less wins.
+    return columns <= softmax_segment ? SoftmaxAlgorithm::three_pass : SoftmaxAlgorithm::two_pass;
 }
 
 void run(SoftmaxForward& args, const Tensor&) {

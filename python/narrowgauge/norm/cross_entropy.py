@@ -197,11 +197,21 @@ class _Options(NamedTuple):
 
 
 def _one_over_count(
-    target: Tensor, weight: Tensor | None, reduction: Reduction, ignore_index: int, dtype: torch.dtype
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: Reduction,
+    ignore_index: int,
+    dtype: torch.dtype,
+    count_known: int | None = None,
 ) -> Tensor | None:
-    """What a mean divides by, inverted: the weights of the targets that count, summed. None for other reductions."""
+    """What a mean divides by, inverted: the weights of the targets that count, summed. None for other reductions.
+
+    count_known: how many they are, where `_check_classes` has found that all count.
+    """
     if reduction != "mean":
         return None
+    if weight is None and count_known is not None:
+        return torch.full((1,), 1 / count_known, dtype=dtype, device=target.device)
     counted = target != ignore_index
     if weight is None:
         count = counted.sum(dtype=dtype)
@@ -227,8 +237,10 @@ def _forward(
     options: _Options,
     reduction: Reduction,
     in_place: bool,
+    count: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scale = _one_over_count(target, weight, reduction, options.ignore_index, compute_dtype(logits.dtype))
+    dtype = compute_dtype(logits.dtype)
+    scale = _one_over_count(target, weight, reduction, options.ignore_index, dtype, count)
     if in_place:
         loss, lse = cross_entropy_inplace_op(logits, target, weight, scale, *options)
         torch.autograd.graph.increment_version(logits)
@@ -253,7 +265,7 @@ def _is_one(g: Tensor) -> bool:
 
 def _backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     (dlogits,) = ctx.saved_tensors
-    rest = (None,) * 5
+    rest = (None,) * 6
     if not ctx.in_place:
         return (dlogits if _is_one(g) else (dlogits * g.unsqueeze(-1)).to(dlogits.dtype)), *rest
     if ctx.used:
@@ -304,8 +316,11 @@ def _check_classes(
     shape: torch.Size,
     weight: Tensor | None,
     ignore_index: int,
-) -> None:
-    """Target and class weights beside logits (or the rows that give them)."""
+) -> int | None:
+    """Target and class weights beside logits (or the rows that give them).
+
+    Returns how many targets there are where it is known, without waiting for a device, that all count.
+    """
     if not isinstance(target, Tensor):
         raise TypeError(f"{function}: target must be a tensor, got {type(target).__name__}")
     if target.is_floating_point():
@@ -328,14 +343,20 @@ def _check_classes(
             )
     if target.numel() and classes == 0:
         raise ValueError(f"{function}: there must be at least one class")
-    if target.is_cpu and not torch.compiler.is_compiling() and not _transformed() and target.numel():
-        wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
-        if bool(wrong.any()):
-            bad = int(target[wrong][0])
-            raise ValueError(
-                f"{function}: target contains {bad}; expected classes from 0 to {classes - 1}, "
-                f"or ignore_index {ignore_index}"
-            )
+    count = target.numel()
+    if not target.is_cpu or torch.compiler.is_compiling() or _transformed() or not count:
+        return None
+    low, high = (int(bound) for bound in target.aminmax())
+    if low >= 0 and high < classes and not low <= ignore_index <= high:
+        return count
+    wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if bool(wrong.any()):
+        bad = int(target[wrong][0])
+        raise ValueError(
+            f"{function}: target contains {bad}; expected classes from 0 to {classes - 1}, "
+            f"or ignore_index {ignore_index}"
+        )
+    return None
 
 
 def cross_entropy(
@@ -386,7 +407,7 @@ def cross_entropy(
     dim = 0 if logits.dim() == 1 else 1
     shape = torch.Size([*logits.shape[:dim], *logits.shape[dim + 1 :]])
     classes = logits.shape[dim]
-    _check_classes(name, logits, classes, target, shape, weight, ignore_index)
+    count = _check_classes(name, logits, classes, target, shape, weight, ignore_index)
     rows = logits.movedim(dim, -1).contiguous()
     target = target.to(torch.int64).contiguous()
     weight = None if weight is None else weight.detach().contiguous()
@@ -398,10 +419,11 @@ def cross_entropy(
         )
     elif torch.is_grad_enabled() and logits.requires_grad:
         in_place = inplace_grad and not torch.compiler.is_compiling()
-        loss, lse = _function.apply(rows, target, weight, options, reduction, in_place)
+        loss, lse = _function.apply(rows, target, weight, options, reduction, in_place, count)
     else:
         loss, lse = cross_entropy_op(rows, target, weight, *options)
-        loss = _reduced(loss, reduction, _one_over_count(target, weight, reduction, ignore_index, loss.dtype))
+        scale = _one_over_count(target, weight, reduction, ignore_index, loss.dtype, count)
+        loss = _reduced(loss, reduction, scale)
     return (loss, lse) if return_lse else loss
 
 

@@ -388,5 +388,5 @@ system(
     modules=("Softmax", "LogSoftmax"),
     operators=("softmax", "softmax_backward", "logsumexp", "sum_exp_extended"),
     golden=("two_pass_softmax",),
-    bench=("softmax",),
+    bench=("softmax", "log_softmax"),
 )
