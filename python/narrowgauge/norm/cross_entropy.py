@@ -202,30 +202,32 @@ def _one_over_count(
     reduction: Reduction,
     ignore_index: int,
     dtype: torch.dtype,
-    count_known: int | None = None,
+    count: int | None = None,
 ) -> Tensor | None:
     """What a mean divides by, inverted: the weights of the targets that count, summed. None for other reductions.
 
-    count_known: how many they are, where `_check_classes` has found that all count.
+    count: their sum, where `_check_classes` has found it.
     """
     if reduction != "mean":
         return None
-    if weight is None and count_known is not None:
-        return torch.full((1,), 1 / count_known, dtype=dtype, device=target.device)
+    if count is not None:
+        return torch.full((1,), 1 / count, dtype=dtype, device=target.device)
     counted = target != ignore_index
     if weight is None:
-        count = counted.sum(dtype=dtype)
+        total = counted.sum(dtype=dtype)
     else:
         classes = weight.shape[0]
         known = counted & (target >= 0) & (target < classes)
-        count = torch.where(known, weight[torch.where(known, target, 0)].to(dtype), 0.0).sum()
-    return count.reciprocal().reshape(1)
+        total = torch.where(known, weight[torch.where(known, target, 0)].to(dtype), 0.0).sum()
+    return total.reciprocal().reshape(1)
 
 
-def _reduced(loss: Tensor, reduction: Reduction, scale: Tensor | None) -> Tensor:
+def _reduced(loss: Tensor, reduction: Reduction, scale: Tensor | None, count: int | None = None) -> Tensor:
     """Sums are float64, so that they hardly depend on how PyTorch cuts them over threads."""
     if reduction == "none":
         return loss
+    if reduction == "mean" and count is not None:
+        return loss.mean(dtype=torch.float64).to(loss.dtype)
     total = loss.sum(dtype=torch.float64)
     return (total if scale is None else total * scale.double().squeeze()).to(loss.dtype)
 
@@ -247,7 +249,7 @@ def _forward(
         dlogits = logits
     else:
         loss, lse, dlogits = cross_entropy_forward_op(logits, target, weight, scale, *options)
-    return _reduced(loss, reduction, scale), lse, dlogits
+    return _reduced(loss, reduction, scale, count), lse, dlogits
 
 
 def _setup(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -319,7 +321,7 @@ def _check_classes(
 ) -> int | None:
     """Target and class weights beside logits (or the rows that give them).
 
-    Returns how many targets there are where it is known, without waiting for a device, that all count.
+    Returns how many targets there are where it is known, without waiting for a device, that all count alike.
     """
     if not isinstance(target, Tensor):
         raise TypeError(f"{function}: target must be a tensor, got {type(target).__name__}")
@@ -348,7 +350,7 @@ def _check_classes(
         return None
     low, high = (int(bound) for bound in target.aminmax())
     if low >= 0 and high < classes and not low <= ignore_index <= high:
-        return count
+        return count if weight is None else None
     wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
     if bool(wrong.any()):
         bad = int(target[wrong][0])
@@ -408,7 +410,7 @@ def cross_entropy(
     shape = torch.Size([*logits.shape[:dim], *logits.shape[dim + 1 :]])
     classes = logits.shape[dim]
     count = _check_classes(name, logits, classes, target, shape, weight, ignore_index)
-    rows = logits.movedim(dim, -1).contiguous()
+    rows = (logits if dim == logits.dim() - 1 else logits.movedim(dim, -1)).contiguous()
     target = target.to(torch.int64).contiguous()
     weight = None if weight is None else weight.detach().contiguous()
     if _transformed() and not torch.compiler.is_compiling():
@@ -422,8 +424,10 @@ def cross_entropy(
         loss, lse = _function.apply(rows, target, weight, options, reduction, in_place, count)
     else:
         loss, lse = cross_entropy_op(rows, target, weight, *options)
-        scale = _one_over_count(target, weight, reduction, ignore_index, loss.dtype, count)
-        loss = _reduced(loss, reduction, scale)
+        scale = None
+        if count is None:
+            scale = _one_over_count(target, weight, reduction, ignore_index, loss.dtype)
+        loss = _reduced(loss, reduction, scale, count)
     return (loss, lse) if return_lse else loss
 
 
