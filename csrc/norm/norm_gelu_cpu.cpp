@@ -5,77 +5,66 @@
 #include "common/floating.h"
 #include "common/math_erf.h"
 #include "common/row_cpu.h"
+#include "common/wide.h"
 #include "norm/norm_gelu.h"
 
 NG_NAMESPACE_BEGIN
 namespace {
 
 template <class V>
-NG_HOST_DEVICE V normal_distribution(V u) {
-    constexpr auto root_half = static_cast<Lane<V>>(0.70710678118654752440);
-    return (erf_pack(u * root_half) + 1) * Lane<V>(0.5);
-}
-template <class V>
 NG_HOST_DEVICE V gelu(V u) {
-    return u * normal_distribution(u);
-}
-template <class V>
-NG_HOST_DEVICE V normal_density(V u) {
-    constexpr auto peak = static_cast<Lane<V>>(0.39894228040143267794);  // 1 / sqrt(2 pi)
-    return exp_pack(u * u * Lane<V>(-0.5)) * peak;
+    return u * normal_cdf_pack(u);
 }
 
-// f(j, get, put) over a row, where `get(pointer)` loads what stands at column j and `put(pointer, pack)`
-// stores it. The end of the row is a pack filled up with zeros, so that f is compiled for packs alone.
+// f(j, get, put, sum) over a row, in packs: `get(pointer)` loads what stands at column j, `put(pointer,
+// pack)` stores it, and what is added to `sum` is added up and returned. The last pack is filled up with
+// zeros.
 template <class A, class F>
-NG_HOST_DEVICE void for_packs(int64_t columns, F f) {
-    using Pack = typename Simd<A>::Pack;
-    constexpr int lanes = Simd<A>::lanes;
-    int64_t j = 0;
-    for (; j + lanes <= columns; j += lanes) {
-        f(
-            j, [](const auto* source) { return load_pack(source); },
-            [](auto* target, Pack pack) { store_pack(target, pack); });
-    }
-    const int64_t rest = columns - j;
-    if (rest == 0) return;
-    f(
-        j,
-        [=](const auto* source) {
-            Pack pack = {};
-            for (int64_t k = 0; k < rest; ++k) pack[k] = to_compute(source[k]);
-            return pack;
-        },
-        [=](auto* target, Pack pack) {
-            using T = std::remove_reference_t<decltype(*target)>;
-            for (int64_t k = 0; k < rest; ++k) target[k] = from_compute<T>(pack[k]);
-        });
+NG_HOST_DEVICE A for_packs(int64_t columns, F f) {
+    auto sums = Block<A>::all(0);
+    for_wide<A>(columns, [&](auto whole, int64_t j, int p, int count) {
+        const auto get = [=](const auto* source) -> WidePack<A> {
+            if constexpr (whole) return load_vector(source);
+            return load_part<A>(source, count,
+                                std::remove_cv_t<std::remove_reference_t<decltype(*source)>>{});
+        };
+        const auto put = [=](auto* target, WidePack<A> pack) {
+            if constexpr (whole) return store_vector(target, pack);
+            store_part<A>(target, count, pack);
+        };
+        f(j, get, put, sums.packs[p]);
+    });
+    return fold_lanes<A>(sums, [](auto a, auto b) { return a + b; });
 }
 
 template <class T, bool GeluFirst>
 void forward_rows(const NormGelu& args, int64_t begin, int64_t end) {
     using A = compute_t<T>;
-    using Pack = typename Simd<A>::Pack;
+    using Pack = WidePack<A>;
     const int64_t columns = args.columns;
     const Scratch<A> kept(columns);
     for (int64_t row = begin; row < end; ++row) {
         const T* s = row_of<T>(args.s, row, columns);
         T* a = row_of<T>(args.a, row, columns);
         A* v = kept.get();
-        Pack squares = {};
-        for_packs<A>(columns, [&](int64_t j, auto get, auto put) {
+        const A squares = for_packs<A>(columns, [&](int64_t j, auto get, auto put, Pack& sum) {
             Pack x = get(s + j);
             if constexpr (GeluFirst) {
                 x = gelu(x);
                 put(v + j, x);
             }
-            squares += x * x;
+            sum += x * x;
         });
-        const A mean_square = sum_lanes(squares) * static_cast<A>(args.per_count) + static_cast<A>(args.eps);
+        const A mean_square = squares * static_cast<A>(args.per_count) + static_cast<A>(args.eps);
         const A rho = mean_square > 0 ? A(1) / std::sqrt(mean_square) : A(0);
         if (args.rho) static_cast<A*>(args.rho)[row] = rho;
-        for_packs<A>(columns, [&](int64_t j, auto get, auto put) {
-            put(a + j, GeluFirst ? get(v + j) * rho : gelu(get(s + j) * rho));
+        for_packs<A>(columns, [&](int64_t j, auto get, auto put, Pack&) {
+            __builtin_prefetch(s + columns + j);  // the next row, while this one is computed
+            if constexpr (GeluFirst) {
+                put(a + j, get(v + j) * rho);
+            } else {
+                put(a + j, gelu(get(s + j) * rho));
+            }
         });
     }
 }
@@ -83,7 +72,7 @@ void forward_rows(const NormGelu& args, int64_t begin, int64_t end) {
 template <class T, bool GeluFirst>
 void backward_rows(const NormGeluBackward& args, int64_t begin, int64_t end) {
     using A = compute_t<T>;
-    using Pack = typename Simd<A>::Pack;
+    using Pack = WidePack<A>;
     const int64_t columns = args.columns;
     const Scratch<A> kept(2 * columns);
     for (int64_t row = begin; row < end; ++row) {
@@ -91,25 +80,24 @@ void backward_rows(const NormGeluBackward& args, int64_t begin, int64_t end) {
         T* ds = row_of<T>(args.ds, row, columns);
         A *first = kept.get(), *second = first + columns;
         const A rho = static_cast<const A*>(args.rho)[row];
-        Pack dots = {};
-        if constexpr (GeluFirst) {  // first: a; second: gelu'(s)
-            for_packs<A>(columns, [&](int64_t j, auto get, auto put) {
-                const Pack x = get(s + j), phi = normal_distribution(x), normed = x * phi * rho;
+        const A dots = for_packs<A>(columns, [&](int64_t j, auto get, auto put, Pack& sum) {
+            const Pack x = get(s + j);
+            if constexpr (GeluFirst) {  // first: a; second: gelu'(s)
+                const Pack normed = gelu(x) * rho;
                 put(first + j, normed);
-                put(second + j, phi + x * normal_density(x));
-                dots += get(da + j) * normed;
-            });
-        } else {  // first: u; second: da * gelu'(u)
-            for_packs<A>(columns, [&](int64_t j, auto get, auto put) {
-                const Pack u = get(s + j) * rho;
-                const Pack h = get(da + j) * (normal_distribution(u) + u * normal_density(u));
+                put(second + j, gelu_slope_pack(x));
+                sum += get(da + j) * normed;
+            } else {  // first: u; second: da * gelu'(u)
+                const Pack u = x * rho, h = get(da + j) * gelu_slope_pack(u);
                 put(first + j, u);
                 put(second + j, h);
-                dots += h * u;
-            });
-        }
-        const A mean = sum_lanes(dots) * static_cast<A>(args.per_count);
-        for_packs<A>(columns, [&](int64_t j, auto get, auto put) {
+                sum += h * u;
+            }
+        });
+        const A mean = dots * static_cast<A>(args.per_count);
+        for_packs<A>(columns, [&](int64_t j, auto get, auto put, Pack&) {
+            __builtin_prefetch(s + columns + j);
+            __builtin_prefetch(da + columns + j);
             const Pack h = GeluFirst ? get(da + j) : get(second + j);
             const Pack d = (h - get(first + j) * mean) * rho;
             put(ds + j, GeluFirst ? d * get(second + j) : d);
