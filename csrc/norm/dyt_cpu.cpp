@@ -1,9 +1,8 @@
 // CPU kernels of Dynamic Tanh and Derf.
-#include <utility>
-
 #include "common/floating.h"
 #include "common/math_erf.h"
 #include "common/row_cpu.h"
+#include "common/wide.h"
 #include "norm/dyt.h"
 
 NG_NAMESPACE_BEGIN
@@ -38,43 +37,50 @@ A scalar_of(const void* source, DType type) {
     return *widened<A>(source, type, A(0), A(0), 1, &value);
 }
 
+// `count` elements from p on, a whole pack where `whole` says so; the lanes beyond are zero.
+template <class A, class T, class Whole>
+NG_HOST_DEVICE WidePack<A> load(Whole whole, const T* p, int count) {
+    if constexpr (whole) {
+        return load_vector(p);
+    } else {
+        return load_part<A>(p, count, T{});
+    }
+}
+template <class A, class T, class Whole>
+NG_HOST_DEVICE void store(Whole whole, T* p, int count, WidePack<A> pack) {
+    if constexpr (whole) {
+        store_vector(p, pack);
+    } else {
+        store_part<A>(p, count, pack);
+    }
+}
+
 // What a channel's weight or bias is at column j of a row: a vector of the row, or one number.
 template <class A>
 struct AlongColumns {
     const A* values;
-    NG_HOST_DEVICE auto pack(int64_t j) const { return load_pack(values + j); }
-    NG_HOST_DEVICE A scalar(int64_t j) const { return values[j]; }
+    template <class Whole>
+    NG_HOST_DEVICE auto at(Whole whole, int64_t j, int count) const {
+        return load<A>(whole, values + j, count);
+    }
 };
 template <class A>
 struct OfRow {
     A value;
-    NG_HOST_DEVICE auto pack(int64_t) const { return typename Simd<A>::Pack{} + value; }
-    NG_HOST_DEVICE A scalar(int64_t) const { return value; }
+    template <class Whole>
+    NG_HOST_DEVICE auto at(Whole, int64_t, int) const {
+        return WidePack<A>{} + value;
+    }
 };
-
-// The last elements of a row as the first lanes of a pack, the others zero, so that they are computed like
-// the rest of it.
-template <class T>
-NG_HOST_DEVICE auto load_some(const T* p, int64_t count) {
-    T padded[Simd<compute_t<T>>::lanes] = {};
-    for (int64_t k = 0; k < count; ++k) padded[k] = p[k];
-    return load_pack(padded);
-}
 
 template <class X, class F, class Weight, class Bias>
 NG_HOST_DEVICE void forward_row(const X* x, X* y, int64_t columns, compute_t<X> alpha, compute_t<X> shift,
                                 Weight weight, Bias bias) {
     using A = compute_t<X>;
-    constexpr int lanes = Simd<A>::lanes;
-    int64_t j = 0;
-    for (; j + lanes <= columns; j += lanes) {
-        store_pack(y + j, weight.pack(j) * F::value(load_pack(x + j) * alpha + shift) + bias.pack(j));
-    }
-    if (j == columns) return;
-    const auto f = F::value(load_some(x + j, columns - j) * alpha + shift);
-    for (int k = 0; j < columns; ++j, ++k) {
-        y[j] = from_compute<X>(weight.scalar(j) * f[k] + bias.scalar(j));
-    }
+    for_wide<A>(columns, [&](auto whole, int64_t j, int, int count) __attribute__((always_inline)) {
+        const auto f = F::value(load<A>(whole, x + j, count) * alpha + shift);
+        store<A>(whole, y + j, count, weight.at(whole, j, count) * f + bias.at(whole, j, count));
+    });
 }
 
 template <class X, class F>
@@ -113,47 +119,28 @@ NG_HOST_DEVICE void backward_row(const X* dy, const X* x, X* dx, int64_t columns
                                  compute_t<X> shift, Weight weight, compute_t<X>* dweight,
                                  compute_t<X>* dbias, Sums<compute_t<X>>& sums) {
     using A = compute_t<X>;
-    constexpr int lanes = Simd<A>::lanes;
-    typename Simd<A>::Pack dalpha = {}, dshift = {}, dweights = {}, dbiases = {};
-    const auto terms = [&](auto s, auto g, auto w) __attribute__((always_inline)) {
-        const auto u = s * alpha + shift, f = F::value(u);
-        const auto du = g * w * F::derivative(u, f);
-        dalpha += du * s;
-        dshift += du;
-        if constexpr (!PerColumn) {
-            dweights += g * f;
-            dbiases += g;
-        }
-        return std::pair(du * alpha, g * f);
-    };
-    int64_t j = 0;
-    for (; j + lanes <= columns; j += lanes) {
-        const auto g = load_pack(dy + j);
-        const auto [d, gf] = terms(load_pack(x + j), g, weight.pack(j));
-        store_pack(dx + j, d);
+    Block<A> dalpha = {}, dshift = {}, dweights = {}, dbiases = {};
+    for_wide<A>(columns, [&](auto whole, int64_t j, int p, int count) __attribute__((always_inline)) {
+        const auto s = load<A>(whole, x + j, count), g = load<A>(whole, dy + j, count);
+        const auto u = s * alpha + shift, f = F::value(u), gf = g * f;
+        const auto du = g * weight.at(whole, j, count) * F::derivative(u, f);
+        store<A>(whole, dx + j, count, du * alpha);
+        dalpha.packs[p] += du * s;
+        dshift.packs[p] += du;
         if constexpr (PerColumn) {
-            store_pack(dweight + j, load_pack(dweight + j) + gf);
-            store_pack(dbias + j, load_pack(dbias + j) + g);
+            store<A>(whole, dweight + j, count, load<A>(whole, dweight + j, count) + gf);
+            store<A>(whole, dbias + j, count, load<A>(whole, dbias + j, count) + g);
+        } else {
+            dweights.packs[p] += gf;
+            dbiases.packs[p] += g;
         }
-    }
-    if (j < columns) {
-        typename Simd<A>::Pack w = {};
-        for (int64_t k = 0; j + k < columns; ++k) w[k] = weight.scalar(j + k);
-        const auto g = load_some(dy + j, columns - j);
-        const auto [d, gf] = terms(load_some(x + j, columns - j), g, w);
-        for (int64_t k = 0; j + k < columns; ++k) {
-            dx[j + k] = from_compute<X>(d[k]);
-            if constexpr (PerColumn) {
-                dweight[j + k] += gf[k];
-                dbias[j + k] += g[k];
-            }
-        }
-    }
-    sums.dalpha += sum_lanes(dalpha);
-    sums.dshift += sum_lanes(dshift);
+    });
+    const auto add = [](auto a, auto b) { return a + b; };
+    sums.dalpha += fold_lanes(dalpha, add);
+    sums.dshift += fold_lanes(dshift, add);
     if constexpr (!PerColumn) {
-        sums.dweight += sum_lanes(dweights);
-        sums.dbias += sum_lanes(dbiases);
+        sums.dweight += fold_lanes(dweights, add);
+        sums.dbias += fold_lanes(dbiases, add);
     }
 }
 
