@@ -7,57 +7,72 @@
 #include <cmath>
 #include <type_traits>
 
-#include "common/math.h"
-#include "common/row_cpu.h"
+#include "common/twin.h"
+#include "common/wide.h"
 #include "norm/modulated.h"
 
 NG_NAMESPACE_BEGIN
 namespace {
 
-// A pack or a scalar from p on, by the type V of what is wanted.
-template <class V, class T>
-NG_HOST_DEVICE V at(const T* p) {
-    if constexpr (std::is_floating_point_v<V>) {
-        return static_cast<V>(to_compute(*p));
+// Some of a row: a whole pack, or the `count` elements that are left of it.
+template <class A, bool whole>
+struct Some {
+    int count;
+};
+// The pack from p on; lanes beyond the row are zero.
+template <class A, bool whole, class T>
+NG_HOST_DEVICE WidePack<A> at(Some<A, whole> v, const T* p) {
+    if constexpr (whole) {
+        return load_vector(p);
     } else {
-        return load_pack(p);
+        return load_part<A>(p, v.count, T{});
     }
 }
-template <class T, class V>
-NG_HOST_DEVICE void put(T* p, V v) {
-    if constexpr (std::is_floating_point_v<V>) {
-        *p = from_compute<T>(static_cast<compute_t<T>>(v));
+template <class A, bool whole, class T>
+NG_HOST_DEVICE void put(Some<A, whole> v, T* p, WidePack<A> pack) {
+    if constexpr (whole) {
+        store_vector(p, pack);
     } else {
-        store_pack(p, v);
+        store_part<A>(p, v.count, pack);
     }
 }
 
-// body(v, j) for a row in packs, then in scalars: v says by its type which.
+// body(v, j) for a row in packs: at(v, p + j) loads, put(v, p + j, pack) stores.
 template <class A, class Body>
 NG_HOST_DEVICE void for_lanes(int64_t columns, const Body& body) {
-    for_row<A>(
-        columns, [&](int64_t j) { body(typename Simd<A>::Pack{}, j); }, [&](int64_t j) { body(A{}, j); });
+    constexpr int lanes = Wide<A>::lanes;
+    int64_t j = 0;
+    for (; j + lanes <= columns; j += lanes) body(Some<A, true>{}, j);
+    if (j < columns) body(Some<A, false>{static_cast<int>(columns - j)}, j);
 }
 
-// The sums of the N values that term(v, j, values) gives.
+// The sums of the N values that term(v, j, values) gives, in two blocks at a time; the values of lanes beyond
+// the row must be zero.
 template <class A, int N, class Term>
 NG_HOST_DEVICE void sum_lanes_of(int64_t columns, A (&totals)[N], const Term& term) {
-    using Pack = typename Simd<A>::Pack;
-    constexpr int lanes = Simd<A>::lanes;
-    Pack even[N] = {}, odd[N] = {};
+    constexpr int lanes = Wide<A>::lanes, packs = Wide<A>::packs;
+    Block<A> even[N] = {}, odd[N] = {};
+    const auto add = [&](auto v, int64_t j, Block<A>(&sums)[N], int p) __attribute__((always_inline)) {
+        WidePack<A> values[N];
+        term(v, j, values);
+        for (int i = 0; i < N; ++i) sums[i].packs[p] += values[i];
+    };
     int64_t j = 0;
-    for (; j + 2 * lanes <= columns; j += 2 * lanes) {
-        Pack values[N];
-        term(Pack{}, j, values);
-        for (int i = 0; i < N; ++i) even[i] += values[i];
-        term(Pack{}, j + lanes, values);
-        for (int i = 0; i < N; ++i) odd[i] += values[i];
+    for (; j + 2 * packs * lanes <= columns; j += 2 * packs * lanes) {
+        for (int p = 0; p < packs; ++p) add(Some<A, true>{}, j + p * lanes, even, p);
+        for (int p = 0; p < packs; ++p) add(Some<A, true>{}, j + (packs + p) * lanes, odd, p);
     }
-    for (int i = 0; i < N; ++i) totals[i] = sum_lanes(even[i] + odd[i]);
-    for (; j < columns; ++j) {
-        A values[N];
-        term(A{}, j, values);
-        for (int i = 0; i < N; ++i) totals[i] += values[i];
+    for (int p = 0; p < 2 * packs && j < columns; ++p, j += lanes) {
+        auto& sums = p < packs ? even : odd;
+        if (j + lanes <= columns) {
+            add(Some<A, true>{}, j, sums, p % packs);
+        } else {
+            add(Some<A, false>{static_cast<int>(columns - j)}, j, sums, p % packs);
+        }
+    }
+    for (int i = 0; i < N; ++i) {
+        for (int p = 0; p < packs; ++p) even[i].packs[p] += odd[i].packs[p];
+        totals[i] = fold_lanes(even[i], [](auto a, auto b) { return a + b; });
     }
 }
 
@@ -123,8 +138,17 @@ class Tables {
 };
 
 // Each element becomes the other one of its pair.
-NG_HOST_DEVICE F32x8 swap_pairs(F32x8 v) { return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6); }
-NG_HOST_DEVICE F64x4 swap_pairs(F64x4 v) { return __builtin_shufflevector(v, v, 1, 0, 3, 2); }
+template <class V>
+NG_HOST_DEVICE V swap_pairs(V v) {
+    constexpr int lanes = sizeof(V) / sizeof(v[0]);
+    if constexpr (lanes == 16) {
+        return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    } else if constexpr (lanes == 8) {
+        return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+    } else {
+        return __builtin_shufflevector(v, v, 1, 0, 3, 2);
+    }
+}
 
 // Writes n * cos + rotated(n) * sin for the row that n(v, j) gives; with `back`, n * cos - rotated(n * sin),
 // the transpose. All of it is sums: of a difference beside a sum GCC makes a fused operation,
@@ -132,38 +156,24 @@ NG_HOST_DEVICE F64x4 swap_pairs(F64x4 v) { return __builtin_shufflevector(v, v, 
 template <class A, class Out, class Values>
 NG_HOST_DEVICE void rotate(const Modulation& args, const A* cos, const A* sin, bool back, Out* out,
                            const Values& n) {
-    using Pack = typename Simd<A>::Pack;
-    constexpr int lanes = Simd<A>::lanes;
     const A sign = back ? A(-1) : A(1);
     if (!args.interleaved) {
         const int64_t half = args.columns / 2,
                       other = back ? half : 0;  // where the sine of a pair's first channel is
         for_lanes<A>(half, [&](auto v, int64_t j) {
-            using V = decltype(v);
-            const V a = n(v, j), b = n(v, j + half);
-            put(out + j, a * at<V>(cos + j) + b * at<V>(sin + j + other) * -sign);
-            put(out + j + half, b * at<V>(cos + j + half) + a * at<V>(sin + j + half - other) * sign);
+            const auto a = n(v, j), b = n(v, j + half);
+            put(v, out + j, a * at(v, cos + j) + b * at(v, sin + j + other) * -sign);
+            put(v, out + j + half, b * at(v, cos + j + half) + a * at(v, sin + j + half - other) * sign);
         });
         return;
     }
-    Pack signs;
-    for (int k = 0; k < lanes; ++k) signs[k] = k % 2 == 0 ? -sign : sign;
-    const auto turned = [&](Pack own, Pack cosines, Pack sines) {
-        return own * cosines + signs * (back ? swap_pairs(own * sines) : swap_pairs(own) * sines);
-    };
-    int64_t j = 0;
-    for (; j + lanes <= args.columns; j += lanes) {
-        put(out + j, turned(n(Pack{}, j), at<Pack>(cos + j), at<Pack>(sin + j)));
-    }
-    if (j == args.columns) return;
-    Pack own = {}, cosines = {}, sines = {};
-    for (int64_t k = 0; j + k < args.columns; ++k) {
-        own[k] = n(A{}, j + k);
-        cosines[k] = cos[j + k];
-        sines[k] = sin[j + k];
-    }
-    const Pack result = turned(own, cosines, sines);
-    for (int64_t k = 0; j + k < args.columns; ++k) put(out + j + k, A(result[k]));
+    WidePack<A> signs;
+    for (int k = 0; k < Wide<A>::lanes; ++k) signs[k] = k % 2 == 0 ? -sign : sign;
+    for_lanes<A>(args.columns, [&](auto v, int64_t j) {
+        const auto own = n(v, j), sines = at(v, sin + j);
+        put(v, out + j,
+            own * at(v, cos + j) + signs * (back ? swap_pairs(own * sines) : swap_pairs(own) * sines));
+    });
 }
 
 template <class A>
@@ -179,26 +189,31 @@ A factor_of(const Modulation& args, A squares) {
 
 template <class V>
 NG_HOST_DEVICE V act(V z, bool silu) {
-    const V sigma = sigmoid(z);
+    const V sigma = sigmoid_pack(z);
     return silu ? z * sigma : sigma;
 }
 
-// Mean (of layer) and sum of squares of the row that s(v, j) gives.
-template <class A, class Values>
-NG_HOST_DEVICE Moments<A> moments_of(const Modulation& args, const Values& s) {
-    using Pack = typename Simd<A>::Pack;
+// Mean (of layer) and sum of squares of a row.
+template <class A, class T>
+NG_HOST_DEVICE Moments<A> moments_of(const Modulation& args, const T* s) {
     if (args.statistic == Statistic::layer) {
-        return row_moments<A>(
-            args.columns, [&](int64_t j) { return s(Pack{}, j); }, [&](int64_t j) { return s(A{}, j); });
+        return twin_moments<A>(args.columns, [&](int64_t j, auto as) { return as(s + j); });
     }
     A squares[1] = {0};
     if (args.statistic != Statistic::none) {
         sum_lanes_of<A>(args.columns, squares, [&](auto v, int64_t j, auto& values) {
-            const auto x = s(v, j);
+            const auto x = at(v, s + j);
             values[0] = x * x;
         });
     }
     return {0, squares[0]};
+}
+
+// Keeps the row that s(v, j) gives, and returns its moments.
+template <class A, class Values>
+NG_HOST_DEVICE Moments<A> keep(const Modulation& args, const Values& s, A* kept) {
+    for_lanes<A>(args.columns, [&](auto v, int64_t j) { put(v, kept + j, s(v, j)); });
+    return moments_of<A>(args, kept);
 }
 
 template <class X, class R, Around around>
@@ -218,71 +233,64 @@ void forward_rows(const ModulatedForward& args, int64_t begin, int64_t end) {
         const int64_t vector = row / args.run % args.vectors;
         const X* x = row_of<X>(args.x, row, columns);
         X* y = args.y ? row_of<X>(args.y, row, columns) : nullptr;
-        if constexpr (around == Around::gate) {
-            const X* z = row_of<X>(args.z, row, columns);
-            for_lanes<A>(columns, [&](auto v, int64_t j) {
-                using V = decltype(v);
-                put(kept + j, args.norm_first ? at<V>(x + j) : at<V>(x + j) * act(at<V>(z + j), args.silu));
-            });
-        }
+        const X* z = around == Around::gate ? row_of<X>(args.z, row, columns) : nullptr;
+        const A* weight = weights.of(vector);
+        const A* bias = biases.of(vector);
+        const auto write = [&](const auto* s, Moments<A> moments) {
+            const A factor = factor_of(args, moments.sum_of_squares), mean = moments.mean;
+            const auto n = [&](auto v, int64_t j) {
+                return (at(v, s + j) - mean) * factor * at(v, weight + j) + at(v, bias + j);
+            };
+            if constexpr (around == Around::rotation) {
+                tables.select(row);
+                rotate(args, tables.cos(), tables.sin(), false, y, n);
+            } else if (around == Around::gate && args.norm_first) {
+                for_lanes<A>(columns, [&](auto v, int64_t j) {
+                    put(v, y + j, n(v, j) * act(at(v, z + j), args.silu));
+                });
+            } else {
+                for_lanes<A>(columns, [&](auto v, int64_t j) {
+                    __builtin_prefetch(x + columns + j);  // the next row, while this one is computed
+                    put(v, y + j, n(v, j));
+                });
+            }
+        };
         if constexpr (around == Around::residual) {
             const R* residual = row_of<R>(args.residual, row, columns);
             R* residual_out = row_of<R>(args.residual_out, row, columns);
             const A* gate = gates.of(vector);
-            for_lanes<A>(columns, [&](auto v, int64_t j) {
-                using V = decltype(v);
-                const V s = at<V>(residual + j) + at<V>(gate + j) * at<V>(x + j);
-                put(residual_out + j, s);
-                put(kept + j, s);
-            });
-            if (args.y == nullptr) continue;
-        }
-        const auto s = [&](auto v, int64_t j) {
-            using V = decltype(v);
-            if constexpr (kept_apart) {
-                return at<V>(kept + j);
+            const auto s = [&](auto v, int64_t j) {
+                const auto sum = at(v, residual + j) + at(v, gate + j) * at(v, x + j);
+                put(v, residual_out + j, sum);
+                return sum;
+            };
+            if (y == nullptr) {
+                for_lanes<A>(columns, [&](auto v, int64_t j) { s(v, j); });
             } else {
-                return at<V>(x + j);
+                write(kept, keep(args, s, kept));
             }
-        };
-        const Moments<A> moments = moments_of<A>(args, s);
-        const A factor = factor_of(args, moments.sum_of_squares), mean = moments.mean;
-        const A* weight = weights.of(vector);
-        const A* bias = biases.of(vector);
-        const auto n = [&](auto v, int64_t j) {
-            using V = decltype(v);
-            return (s(v, j) - mean) * factor * at<V>(weight + j) + at<V>(bias + j);
-        };
-        if constexpr (around == Around::rotation) {
-            tables.select(row);
-            rotate(args, tables.cos(), tables.sin(), false, y, n);
-        } else if (around == Around::gate && args.norm_first) {
-            const X* z = row_of<X>(args.z, row, columns);
-            for_lanes<A>(columns, [&](auto v, int64_t j) {
-                using V = decltype(v);
-                put(y + j, n(v, j) * act(at<V>(z + j), args.silu));
-            });
+        } else if (around == Around::gate && !args.norm_first) {
+            const auto s = [&](auto v, int64_t j) { return at(v, x + j) * act(at(v, z + j), args.silu); };
+            write(kept, keep(args, s, kept));
         } else {
-            for_lanes<A>(columns, [&](auto v, int64_t j) {
-                __builtin_prefetch(x + columns + j);  // the next row, while this one is computed
-                put(y + j, n(v, j));
-            });
+            write(x, moments_of<A>(args, x));
         }
     }
 }
 
 template <class A>
 void write_sums(void* target, DType type, int64_t offset, const A* sums, int64_t count) {
-    for (int64_t j = 0; j < count; ++j) {
-        if constexpr (std::is_same_v<A, double>) {
-            static_cast<double*>(target)[offset + j] = sums[j];
-        } else if (type == DType::bfloat16) {
-            static_cast<bf16*>(target)[offset + j] = from_float<bf16>(sums[j]);
-        } else if (type == DType::float16) {
-            static_cast<f16*>(target)[offset + j] = from_float<f16>(sums[j]);
-        } else {
-            static_cast<float*>(target)[offset + j] = sums[j];
-        }
+    const auto write = [&](auto* to) {
+        for_lanes<A>(count, [&](auto v, int64_t j) { put(v, to + offset + j, at(v, sums + j)); });
+    };
+    if constexpr (std::is_same_v<A, double>) {
+        write(static_cast<double*>(target));
+    } else if (type == DType::bfloat16) {
+        write(static_cast<bf16*>(target));
+    } else if (type == DType::float16) {
+        write(static_cast<f16*>(target));
+    } else {
+        write(static_cast<float*>(target));
     }
 }
 
@@ -318,36 +326,35 @@ void backward_pieces(const ModulatedBackward& args, int64_t begin, int64_t end) 
                 if constexpr (around == Around::gate) {
                     const X* z = row_of<X>(args.z, row, columns);
                     for_lanes<A>(columns, [&](auto v, int64_t j) {
-                        using V = decltype(v);
-                        const V s = at<V>(x + j), g = at<V>(dy + j), wide_z = at<V>(z + j);
-                        const V sigma = sigmoid(wide_z), slope = sigma * (1 - sigma);
-                        const V gate = args.silu ? wide_z * sigma : sigma;
-                        const V gate_slope = args.silu ? sigma + wide_z * slope : slope;
-                        put(dn_row + j, norm_first ? g * gate : g);
-                        put(s_row + j, norm_first ? s : s * gate);
-                        put(first_factor + j, norm_first ? g * gate_slope : gate);
-                        put(second_factor + j, s * gate_slope);
+                        const auto s = at(v, x + j), g = at(v, dy + j), wide_z = at(v, z + j);
+                        const auto sigma = sigmoid_pack(wide_z), slope = sigma * (1 - sigma);
+                        const auto gate = args.silu ? wide_z * sigma : sigma;
+                        const auto gate_slope = args.silu ? sigma + wide_z * slope : slope;
+                        put(v, dn_row + j, norm_first ? g * gate : g);
+                        put(v, s_row + j, norm_first ? s : s * gate);
+                        put(v, first_factor + j, norm_first ? g * gate_slope : gate);
+                        put(v, second_factor + j, s * gate_slope);
                     });
                 }
                 if constexpr (around == Around::rotation) {
                     tables.select(row);
                     rotate(args, tables.cos(), tables.sin(), true, dn_row,
-                           [&](auto v, int64_t j) { return at<decltype(v)>(dy + j); });
+                           [&](auto v, int64_t j) { return at(v, dy + j); });
                 }
-                const auto s_of = [&](auto v, int64_t j) {
+                const auto s_of = [&] {
                     if constexpr (around == Around::gate) {
-                        return at<decltype(v)>(s_row + j);
+                        return static_cast<const A*>(s_row);
                     } else {
-                        return at<decltype(v)>(x + j);
+                        return x;
                     }
-                };
-                const auto dn_of = [&](auto v, int64_t j) {
+                }();
+                const auto dn_of = [&] {
                     if constexpr (around == Around::nothing) {
-                        return at<decltype(v)>(dy + j);
+                        return dy;
                     } else {
-                        return at<decltype(v)>(dn_row + j);
+                        return static_cast<const A*>(dn_row);
                     }
-                };
+                }();
 
                 A mean = 0, factor = 1, mean_dot = 0, mean_sum = 0;
                 if (args.statistic != Statistic::none) {
@@ -358,16 +365,16 @@ void backward_pieces(const ModulatedBackward& args, int64_t begin, int64_t end) 
                         squares = moments.sum_of_squares;
                         A totals[2];
                         sum_lanes_of<A>(columns, totals, [&](auto v, int64_t j, auto& values) {
-                            values[1] = dn_of(v, j) * at<decltype(v)>(weight + j);
-                            values[0] = values[1] * (s_of(v, j) - mean);
+                            values[1] = at(v, dn_of + j) * at(v, weight + j);
+                            values[0] = values[1] * (at(v, s_of + j) - mean);
                         });
                         dot = totals[0];
                         sum = totals[1];
                     } else {
                         A totals[2];
                         sum_lanes_of<A>(columns, totals, [&](auto v, int64_t j, auto& values) {
-                            const auto s = s_of(v, j);
-                            values[0] = dn_of(v, j) * at<decltype(v)>(weight + j) * s;
+                            const auto s = at(v, s_of + j);
+                            values[0] = at(v, dn_of + j) * at(v, weight + j) * s;
                             values[1] = s * s;
                         });
                         dot = totals[0];
@@ -389,30 +396,30 @@ void backward_pieces(const ModulatedBackward& args, int64_t begin, int64_t end) 
                 const X* dresidual = args.dresidual ? row_of<X>(args.dresidual, row, columns) : nullptr;
                 const auto write = [&](auto with_residual, auto with_sums) {
                     for_lanes<A>(columns, [&](auto v, int64_t j) {
-                        using V = decltype(v);
-                        const V dn = dn_of(v, j), x_hat = (s_of(v, j) - mean) * factor, w = at<V>(weight + j);
-                        V d = dn * w;
+                        const auto dn = at(v, dn_of + j), x_hat = (at(v, s_of + j) - mean) * factor,
+                                   w = at(v, weight + j);
+                        auto d = dn * w;
                         if (args.statistic != Statistic::none) d = (d - x_hat * mean_dot - mean_sum) * factor;
                         if constexpr (around == Around::gate) {
-                            const V first = at<V>(first_factor + j);
-                            const V dz = norm_first ? first * (x_hat * w + at<V>(bias + j))
-                                                    : d * at<V>(second_factor + j);
-                            put(row_of<X>(args.dz, row, columns) + j, dz);
+                            const auto first = at(v, first_factor + j);
+                            const auto dz = norm_first ? first * (x_hat * w + at(v, bias + j))
+                                                       : d * at(v, second_factor + j);
+                            put(v, row_of<X>(args.dz, row, columns) + j, dz);
                             d = norm_first ? d : d * first;
                         }
-                        if constexpr (with_residual) d += at<V>(dresidual + j);
-                        put(dx + j, d);
-                        if constexpr (with_sums) {
-                            put(dweight + j, at<V>(dweight + j) + dn * x_hat);
-                            put(dbias + j, at<V>(dbias + j) + dn);
-                        }
+                        if constexpr (with_residual) d += at(v, dresidual + j);
+                        put(v, dx + j, d);
+                        if constexpr (with_sums > 0) put(v, dweight + j, at(v, dweight + j) + dn * x_hat);
+                        if constexpr (with_sums > 1) put(v, dbias + j, at(v, dbias + j) + dn);
                     });
                 };
                 const auto choose_sums = [&](auto with_residual) {
-                    if (args.dweight || args.dbias) {
-                        write(with_residual, std::true_type{});
+                    if (args.dbias) {
+                        write(with_residual, std::integral_constant<int, 2>{});
+                    } else if (args.dweight) {
+                        write(with_residual, std::integral_constant<int, 1>{});
                     } else {
-                        write(with_residual, std::false_type{});
+                        write(with_residual, std::integral_constant<int, 0>{});
                     }
                 };
                 if (around == Around::nothing && dresidual) {
