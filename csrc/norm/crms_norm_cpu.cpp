@@ -2,7 +2,7 @@
 // pass.
 #include <cmath>
 
-#include "common/row_cpu.h"
+#include "common/twin.h"
 #include "norm/crms_norm.h"
 
 NG_NAMESPACE_BEGIN
@@ -13,19 +13,20 @@ struct Sums {
     A first, second;
 };
 
-// Two sums over a row in one pass: `add(j, first, second)` adds the terms at j to a Pack each, or to a
+// Two sums over a row in one pass: add(j, as, first, second) adds the terms at j to a twin each, or to a
 // scalar each at the tail.
-template <class A, class AddPack, class AddScalar>
-NG_HOST_DEVICE Sums<A> sum_row_twice(int64_t columns, AddPack add_pack, AddScalar add_scalar) {
-    constexpr int lanes = Simd<A>::lanes;
-    typename Simd<A>::Pack first[2] = {}, second[2] = {};
+template <class A, class Add>
+NG_HOST_DEVICE Sums<A> sum_row_twice(int64_t columns, Add add) {
+    constexpr int lanes = Twin<A>::lanes;
+    typename Twin<A>::type first[2] = {}, second[2] = {};
     int64_t j = 0;
     for (; j + 2 * lanes <= columns; j += 2 * lanes) {
-        add_pack(j, first[0], second[0]);
-        add_pack(j + lanes, first[1], second[1]);
+        add(j, AsTwin{}, first[0], second[0]);
+        add(j + lanes, AsTwin{}, first[1], second[1]);
     }
+    for (; j + lanes <= columns; j += lanes) add(j, AsTwin{}, first[0], second[0]);
     Sums<A> sums{sum_lanes(first[0] + first[1]), sum_lanes(second[0] + second[1])};
-    for (; j < columns; ++j) add_scalar(j, sums.first, sums.second);
+    for (; j < columns; ++j) add(j, AsScalar{}, sums.first, sums.second);
     return sums;
 }
 
@@ -36,28 +37,19 @@ void forward_rows(const CrmsForward& args, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
         const X* x = row_of<X>(args.x, row, columns);
         X* y = row_of<X>(args.y, row, columns);
-        const auto [sum, squares] = sum_row_twice<A>(
-            columns,
-            [=](int64_t j, auto& sums, auto& sums_of_squares) {
-                const auto v = load_pack(x + j);
-                sums += v;
-                sums_of_squares += v * v;
-            },
-            [=](int64_t j, A& sums, A& sums_of_squares) {
-                const A v = to_compute(x[j]);
+        const auto [sum, squares] =
+            sum_row_twice<A>(columns, [=](int64_t j, auto as, auto& sums, auto& sums_of_squares) {
+                const auto v = as(x + j);
                 sums += v;
                 sums_of_squares += v * v;
             });
         const A rstd = A(1) / std::sqrt((squares + sum * sum) * static_cast<A>(args.per_entry) +
                                         static_cast<A>(args.eps));
         if (args.rstd) static_cast<A*>(args.rstd)[row] = rstd;
-        for_row<A>(
-            columns,
-            [=](int64_t j) {
-                __builtin_prefetch(x + columns + j);  // the next row, while this one is computed
-                store_pack(y + j, load_pack(x + j) * rstd);
-            },
-            [=](int64_t j) { y[j] = from_compute<X>(to_compute(x[j]) * rstd); });
+        for_twins<A>(columns, [=](int64_t j, auto as) {
+            __builtin_prefetch(x + columns + j);  // the next row, while this one is computed
+            store_pack(y + j, as(x + j) * rstd);
+        });
     }
 }
 
@@ -70,30 +62,17 @@ void backward_rows(const CrmsBackward& args, int64_t begin, int64_t end) {
         const X* x = row_of<X>(args.x, row, columns);
         X* dx = row_of<X>(args.dx, row, columns);
         const A rstd = static_cast<const A*>(args.rstd)[row];
-        const auto [sum, dot] = sum_row_twice<A>(
-            columns,
-            [=](int64_t j, auto& sums, auto& dots) {
-                const auto v = load_pack(x + j);
-                sums += v;
-                dots += v * load_pack(dy + j);
-            },
-            [=](int64_t j, A& sums, A& dots) {
-                const A v = to_compute(x[j]);
-                sums += v;
-                dots += v * to_compute(dy[j]);
-            });
+        const auto [sum, dot] = sum_row_twice<A>(columns, [=](int64_t j, auto as, auto& sums, auto& dots) {
+            const auto v = as(x + j);
+            sums += v;
+            dots += v * as(dy + j);
+        });
         const A y_sum = sum * rstd, c = dot * rstd * static_cast<A>(args.per_entry);
-        for_row<A>(
-            columns,
-            [=](int64_t j) {
-                __builtin_prefetch(x + columns + j);
-                __builtin_prefetch(dy + columns + j);
-                store_pack(dx + j, (load_pack(dy + j) - (load_pack(x + j) * rstd + y_sum) * c) * rstd);
-            },
-            [=](int64_t j) {
-                const A d = to_compute(dy[j]) - (to_compute(x[j]) * rstd + y_sum) * c;
-                dx[j] = from_compute<X>(d * rstd);
-            });
+        for_twins<A>(columns, [=](int64_t j, auto as) {
+            __builtin_prefetch(x + columns + j);
+            __builtin_prefetch(dy + columns + j);
+            store_pack(dx + j, (as(dy + j) - (as(x + j) * rstd + y_sum) * c) * rstd);
+        });
     }
 }
 

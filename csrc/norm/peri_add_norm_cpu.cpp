@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "common/floating.h"
-#include "common/row_cpu.h"
+#include "common/twin.h"
 #include "norm/peri_add_norm.h"
 
 NG_NAMESPACE_BEGIN
@@ -26,40 +26,23 @@ void forward_rows(const PeriForward& args, int64_t begin, int64_t end) {
         const S* x = row_of<S>(args.x, row, columns);
         X* y = row_of<X>(args.y, row, columns);
         S* x_new = row_of<S>(args.x_new, row, columns);
-        const A squares = sum_row<A>(
-            columns,
-            [=](int64_t j) {
-                const auto v = load_pack(f + j);
-                return v * v;
-            },
-            [=](int64_t j) {
-                const A v = to_compute(f[j]);
-                return v * v;
-            });
+        const A squares = sum_twins<A>(columns, [=](int64_t j, auto as) {
+            const auto v = as(f + j);
+            return v * v;
+        });
         const A rstd_out = A(1) / std::sqrt(squares / static_cast<A>(columns) + eps);
-        const A sum_of_squares = sum_row<A>(
-            columns,
-            [=](int64_t j) {
-                const auto v = load_pack(f + j) * rstd_out * load_pack(weight_out + j) + load_pack(x + j);
-                store_pack(s + j, v);
-                store_pack(x_new + j, v);
-                return v * v;
-            },
-            [=](int64_t j) {
-                const A v = to_compute(f[j]) * rstd_out * weight_out[j] + static_cast<A>(to_compute(x[j]));
-                s[j] = v;
-                x_new[j] = from_compute<S>(v);
-                return v * v;
-            });
+        const A sum_of_squares = sum_twins<A>(columns, [=](int64_t j, auto as) {
+            const auto v = as(f + j) * rstd_out * as(weight_out + j) + as(x + j);
+            store_pack(s + j, v);
+            store_pack(x_new + j, v);
+            return v * v;
+        });
         const A rstd_in = A(1) / std::sqrt(sum_of_squares / static_cast<A>(columns) + eps);
-        for_row<A>(
-            columns,
-            [=](int64_t j) {
-                __builtin_prefetch(f + columns + j);  // the next row, while this one is computed
-                __builtin_prefetch(x + columns + j);
-                store_pack(y + j, load_pack(s + j) * rstd_in * load_pack(weight_in + j));
-            },
-            [=](int64_t j) { y[j] = from_compute<X>(s[j] * rstd_in * weight_in[j]); });
+        for_twins<A>(columns, [=](int64_t j, auto as) {
+            __builtin_prefetch(f + columns + j);  // the next row, while this one is computed
+            __builtin_prefetch(x + columns + j);
+            store_pack(y + j, as(s + j) * rstd_in * as(weight_in + j));
+        });
         if (args.rstd_out) static_cast<A*>(args.rstd_out)[row] = rstd_out;
         if (args.rstd_in) static_cast<A*>(args.rstd_in)[row] = rstd_in;
     }
@@ -96,55 +79,31 @@ void backward_chunks(const PeriBackward& args, int64_t begin, int64_t end) {
             const A rstd_out = static_cast<const A*>(args.rstd_out)[row];
             const A rstd_in = static_cast<const A*>(args.rstd_in)[row];
 
-            const A dot_in = sum_row<A>(
-                columns,
-                [=](int64_t j) {
-                    return load_pack(dy + j) * load_pack(weight_in + j) * load_pack(x_new + j);
-                },
-                [=](int64_t j) {
-                    return to_compute(dy[j]) * weight_in[j] * static_cast<A>(to_compute(x_new[j]));
-                });
+            const A dot_in = sum_twins<A>(
+                columns, [=](int64_t j, auto as) { return as(dy + j) * as(weight_in + j) * as(x_new + j); });
             const A mean_in = dot_in * rstd_in / static_cast<A>(columns);
             const auto stream_gradient = [&](auto with_dx_new) {
-                return sum_row<A>(
-                    columns,
-                    [=](int64_t j) {
-                        const auto g = load_pack(dy + j), x_hat = load_pack(x_new + j) * rstd_in;
-                        auto v = (g * load_pack(weight_in + j) - x_hat * mean_in) * rstd_in;
-                        if constexpr (with_dx_new) v += load_pack(dx_new + j);
-                        store_pack(d + j, v);
-                        store_pack(dx + j, v);
-                        store_pack(dweight_in + j, load_pack(dweight_in + j) + g * x_hat);
-                        return v * load_pack(weight_out + j) * load_pack(f + j);
-                    },
-                    [=](int64_t j) {
-                        const A g = to_compute(dy[j]), x_hat = static_cast<A>(to_compute(x_new[j])) * rstd_in;
-                        A v = (g * weight_in[j] - x_hat * mean_in) * rstd_in;
-                        if constexpr (with_dx_new) v += static_cast<A>(to_compute(dx_new[j]));
-                        d[j] = v;
-                        dx[j] = from_compute<S>(v);
-                        dweight_in[j] += g * x_hat;
-                        return v * weight_out[j] * to_compute(f[j]);
-                    });
+                return sum_twins<A>(columns, [=](int64_t j, auto as) {
+                    const auto g = as(dy + j), x_hat = as(x_new + j) * rstd_in;
+                    auto v = (g * as(weight_in + j) - x_hat * mean_in) * rstd_in;
+                    if constexpr (with_dx_new) v += as(dx_new + j);
+                    store_pack(d + j, v);
+                    store_pack(dx + j, v);
+                    store_pack(dweight_in + j, as(dweight_in + j) + g * x_hat);
+                    return v * as(weight_out + j) * as(f + j);
+                });
             };
             const A dot_out = dx_new ? stream_gradient(std::true_type{}) : stream_gradient(std::false_type{});
             const A mean_out = dot_out * rstd_out / static_cast<A>(columns);
-            for_row<A>(
-                columns,
-                [=](int64_t j) {
-                    __builtin_prefetch(dy + columns + j);  // the next row, while this one is computed
-                    __builtin_prefetch(f + columns + j);
-                    __builtin_prefetch(x_new + columns + j);
-                    if (dx_new) __builtin_prefetch(dx_new + columns + j);
-                    const auto k = load_pack(d + j), f_hat = load_pack(f + j) * rstd_out;
-                    store_pack(df + j, (k * load_pack(weight_out + j) - f_hat * mean_out) * rstd_out);
-                    store_pack(dweight_out + j, load_pack(dweight_out + j) + k * f_hat);
-                },
-                [=](int64_t j) {
-                    const A f_hat = to_compute(f[j]) * rstd_out;
-                    df[j] = from_compute<X>((d[j] * weight_out[j] - f_hat * mean_out) * rstd_out);
-                    dweight_out[j] += d[j] * f_hat;
-                });
+            for_twins<A>(columns, [=](int64_t j, auto as) {
+                __builtin_prefetch(dy + columns + j);  // the next row, while this one is computed
+                __builtin_prefetch(f + columns + j);
+                __builtin_prefetch(x_new + columns + j);
+                if (dx_new) __builtin_prefetch(dx_new + columns + j);
+                const auto k = as(d + j), f_hat = as(f + j) * rstd_out;
+                store_pack(df + j, (k * as(weight_out + j) - f_hat * mean_out) * rstd_out);
+                store_pack(dweight_out + j, as(dweight_out + j) + k * f_hat);
+            });
         }
     }
 }

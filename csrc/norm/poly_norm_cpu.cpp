@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "common/floating.h"
-#include "common/row_cpu.h"
+#include "common/twin.h"
 #include "norm/poly_norm.h"
 
 NG_NAMESPACE_BEGIN
@@ -19,18 +19,20 @@ struct Parameters {
     }
 };
 
-// Sums of N terms over a row: add(j, sums) for packs, then for the elements that are left.
+// Sums of N terms over a row, which add(j, as, sums) adds to twins, then to scalars.
 template <class A, int N>
 struct RowSums {
     A total[N];
 
-    template <class PackTerms, class ScalarTerms>
-    NG_HOST_DEVICE RowSums(int64_t columns, PackTerms pack_terms, ScalarTerms scalar_terms) {
-        typename Simd<A>::Pack packs[N] = {};
+    template <class Add>
+    NG_HOST_DEVICE RowSums(int64_t columns, Add add) {
+        constexpr int lanes = Twin<A>::lanes;
+        typename Twin<A>::type twins[N] = {};
         A rest[N] = {};
-        for_row<A>(
-            columns, [&](int64_t j) { pack_terms(j, packs); }, [&](int64_t j) { scalar_terms(j, rest); });
-        for (int i = 0; i < N; ++i) total[i] = sum_lanes(packs[i]) + rest[i];
+        int64_t j = 0;
+        for (; j + lanes <= columns; j += lanes) add(j, AsTwin{}, twins);
+        for (; j < columns; ++j) add(j, AsScalar{}, rest);
+        for (int i = 0; i < N; ++i) total[i] = sum_lanes(twins[i]) + rest[i];
     }
 };
 
@@ -55,22 +57,18 @@ void forward_rows(const PolyNormForward& args, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
         const X* x = row_of<X>(args.x, row, args.columns);
         X* y = row_of<X>(args.y, row, args.columns);
-        const RowSums<A, 3> squares(
-            args.columns, [=](int64_t j, auto& sums) { add_squares(load_pack(x + j), sums); },
-            [=](int64_t j, auto& sums) { add_squares(A(to_compute(x[j])), sums); });
+        const RowSums<A, 3> squares(args.columns,
+                                    [=](int64_t j, auto as, auto& sums) { add_squares(as(x + j), sums); });
         A factor[3];
         for (int i = 0; i < 3; ++i) {
             factor[i] = rstd(squares.total[i], args.columns, args.eps) * parameters.weight[i];
         }
         const A a = factor[0], b = factor[1], c = factor[2];
         const auto value = [=](auto s) { return ((s * a + b) * s + c) * s + bias; };
-        for_row<A>(
-            args.columns,
-            [=](int64_t j) {
-                __builtin_prefetch(x + args.columns + j);  // the next row, while this one is computed
-                store_pack(y + j, value(load_pack(x + j)));
-            },
-            [=](int64_t j) { y[j] = from_compute<X>(value(A(to_compute(x[j])))); });
+        for_twins<A>(args.columns, [=](int64_t j, auto as) {
+            __builtin_prefetch(x + args.columns + j);  // the next row, while this one is computed
+            store_pack(y + j, value(as(x + j)));
+        });
     }
 }
 
@@ -97,9 +95,7 @@ void backward_chunks(const PolyNormBackward& args, int64_t begin, int64_t end) {
             const X* x = row_of<X>(args.x, row, args.columns);
             X* dx = row_of<X>(args.dx, row, args.columns);
             const RowSums<A, 7> row_sums(
-                args.columns,
-                [=](int64_t j, auto& sums) { add_all(load_pack(x + j), load_pack(dy + j), sums); },
-                [=](int64_t j, auto& sums) { add_all(A(to_compute(x[j])), A(to_compute(dy[j])), sums); });
+                args.columns, [=](int64_t j, auto as, auto& sums) { add_all(as(x + j), as(dy + j), sums); });
             // dx = u' factor g - u' u factor r mean(g N(u)), summed over u = s^3, s^2, s
             A factor[3], back[3];
             for (int i = 0; i < 3; ++i) {
@@ -115,16 +111,11 @@ void backward_chunks(const PolyNormBackward& args, int64_t begin, int64_t end) {
                 const auto square = s * s;
                 return ((s * a + b) * s + c) * g - ((square * p + q) * square + t) * s;
             };
-            for_row<A>(
-                args.columns,
-                [=](int64_t j) {
-                    __builtin_prefetch(x + args.columns + j);
-                    __builtin_prefetch(dy + args.columns + j);
-                    store_pack(dx + j, value(load_pack(x + j), load_pack(dy + j)));
-                },
-                [=](int64_t j) {
-                    dx[j] = from_compute<X>(value(A(to_compute(x[j])), A(to_compute(dy[j]))));
-                });
+            for_twins<A>(args.columns, [=](int64_t j, auto as) {
+                __builtin_prefetch(x + args.columns + j);
+                __builtin_prefetch(dy + args.columns + j);
+                store_pack(dx + j, value(as(x + j), as(dy + j)));
+            });
         }
         if (args.dweight_partial) {
             for (int i = 0; i < 3; ++i) row_of<A>(args.dweight_partial, chunk, 3)[i] = dweight[i];
