@@ -106,13 +106,16 @@ def difference_table(first: dict[str, Any], second: dict[str, Any]) -> Table:
 def markdown_page(result: dict[str, Any]) -> str:
     """Ratios of one run with the facts of its machine."""
     machine, rivals = result["machine"], rivals_of(result)
+    cases = result["cases"]
+    columns = [name for name in rivals if 4 * sum(name in case["speedups"] for case in cases) >= len(cases)]
+    others = [name for name in rivals if name not in columns]
     on_cuda = result["device"].startswith("cuda")
     place = (
         machine["gpu"]
         if on_cuda
         else f"{machine['cpu']}, {machine['threads']} threads, {machine['cpu_isa']} kernels"
     )
-    headings = ["case", *rivals, "of copy bandwidth"]
+    headings = ["case", *columns, *(["others"] if others else []), "of copy bandwidth"]
     lines = [
         f"Measured on {place}, torch {machine['torch']}, {machine['date'][:10]}.",
         "2.00x says that the contestant takes twice the time narrowgauge takes in the same run: the median",
@@ -122,7 +125,11 @@ def markdown_page(result: dict[str, Any]) -> str:
         "| " + " | ".join(headings) + " |",
         "|---" + "|---:" * (len(headings) - 1) + "|",
     ]
-    for case in result["cases"]:
-        cells = [case["name"], *(speedup(case, rival, spread=True) for rival in rivals), roofline(case)]
+    for case in cases:
+        cells = [case["name"], *(speedup(case, rival, spread=True) for rival in columns)]
+        if others:
+            named = (f"{name} {speedup(case, name)}" for name in others if name in case["speedups"])
+            cells.append(", ".join(named) or "-")
+        cells.append(roofline(case))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
