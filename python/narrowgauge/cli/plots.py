@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -45,34 +46,37 @@ def plot_losses(result: dict[str, Any], path: Path) -> None:
     save(figure, path)
 
 
+CASES_PER_PANEL = 70
+
+
 def plot_speedups(result: dict[str, Any], path: Path) -> None:
-    """One bar per case and contestant: how many times faster ours is, with the spread over rounds."""
+    """One line per case, one mark per contestant: how many times faster ours is, with the spread over rounds."""
     cases = result["cases"]
-    rivals = list(dict.fromkeys(name for case in cases for name in case["speedups"]))
-    colors = {rival: f"C{index % 10}" for index, rival in enumerate(rivals)}
-    bars = sum(len(case["speedups"]) for case in cases)
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.13 * (bars + len(cases))), layout="constrained")
-    place, middles = 0.0, []
-    for case in cases:
-        first = place
-        for rival, spread in case["speedups"].items():
-            reach = [[spread["median"] - spread["p20"]], [spread["p80"] - spread["median"]]]
-            axes.barh(  # from 1, the tie, to either side
-                place, spread["median"] - 1, 0.9, left=1.0, xerr=reach, error_kw={"linewidth": 0.8},
-                color=colors[rival],
-            )  # fmt: skip
-            place += 1
-        middles.append((first + place - 1) / 2)
-        place += 1  # a gap between cases
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xscale("log")
-    ticks = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16)
-    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks], minor=False)
-    axes.minorticks_off()
-    axes.set_yticks(middles, [case["name"] for case in cases], fontsize=6)
-    axes.set_ylim(place, -1.5)
-    axes.set_xlabel("times faster (right of 1: ours is faster)")
-    axes.legend(
-        handles=[Patch(color=colors[rival], label=f"against {rival}") for rival in rivals], fontsize=7
+    counts = Counter(name for case in cases for name in case["speedups"])
+    common = [name for name in counts if 4 * counts[name] >= len(cases)]
+    colors = {name: f"C{index}" for index, name in enumerate(common)}
+    panels = [cases[i : i + CASES_PER_PANEL] for i in range(0, len(cases), CASES_PER_PANEL)] or [[]]
+    height = 1.2 + 0.14 * max(map(len, panels))
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=(6 * len(panels), height), squeeze=False, sharex=True, layout="constrained"
     )
+    for axes, panel in zip(grid[0], panels, strict=True):
+        for place, case in enumerate(panel):
+            for name, spread in case["speedups"].items():
+                color = colors.get(name, "tab:gray")
+                axes.plot([spread["p20"], spread["p80"]], [place, place], color=color, linewidth=1)
+                axes.plot(spread["median"], place, "o", color=color, markersize=3)
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.set_xscale("log")
+        ticks = (0.25, 0.5, 1, 2, 4, 8, 16)
+        axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks], minor=False)
+        axes.minorticks_off()
+        axes.set_yticks(range(len(panel)), [case["name"] for case in panel], fontsize=6)
+        axes.set_ylim(len(panel), -1)
+        axes.grid(alpha=0.3)
+        axes.set_xlabel("times faster (right of 1: ours is faster)")
+    handles = [Patch(color=color, label=f"against {name}") for name, color in colors.items()]
+    if len(counts) > len(common):
+        handles.append(Patch(color="tab:gray", label="against others"))
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize=7)
     save(figure, path)
