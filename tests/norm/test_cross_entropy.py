@@ -289,7 +289,7 @@ def test_only_the_gradients_that_are_wanted() -> None:
 
 
 class PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside it held at once: counted, where resident memory depends on the allocator."""
+    """The most bytes that tensors made inside it held at once; resident memory would depend on the allocator."""
 
     def __init__(self) -> None:
         super().__init__()
