@@ -3,9 +3,11 @@
 // A row is widened into a buffer that stays in the first-level cache, and each option is a loop over it: what
 // counts is that memory is read and written once.
 #include <cmath>
+#include <type_traits>
 
+#include "common/floating.h"
 #include "common/philox_cpu.h"
-#include "common/row_cpu.h"
+#include "common/twin.h"
 #include "norm/general_norm.h"
 
 NG_NAMESPACE_BEGIN
@@ -13,15 +15,11 @@ namespace {
 
 template <class A, class T>
 void load_typed(const T* source, int64_t count, A* target) {
-    for_row<A>(
-        count, [=](int64_t j) { store_pack(target + j, load_pack(source + j)); },
-        [=](int64_t j) { target[j] = to_compute(source[j]); });
+    for_twins<A>(count, [=](int64_t j, auto as) { store_pack(target + j, as(source + j)); });
 }
 template <class A, class T>
 void store_typed(const A* source, int64_t count, T* target) {
-    for_row<A>(
-        count, [=](int64_t j) { store_pack(target + j, load_pack(source + j)); },
-        [=](int64_t j) { target[j] = from_compute<T>(source[j]); });
+    for_twins<A>(count, [=](int64_t j, auto as) { store_pack(target + j, as(source + j)); });
 }
 
 // `count` elements from `first` on, between a tensor of any type and a buffer.
@@ -64,13 +62,39 @@ void each(int64_t count, A* values, F f) {
 
 template <class A>
 A sum_of(int64_t count, const A* a, const A* b) {
-    return sum_row<A>(
-        count, [=](int64_t j) { return load_pack(a + j) * load_pack(b + j); },
-        [=](int64_t j) { return a[j] * b[j]; });
+    return sum_twins<A>(count, [=](int64_t j, auto as) { return as(a + j) * as(b + j); });
 }
 template <class A>
 A sum_of(int64_t count, const A* a) {
-    return sum_row<A>(count, [=](int64_t j) { return load_pack(a + j); }, [=](int64_t j) { return a[j]; });
+    return sum_twins<A>(count, [=](int64_t j, auto as) { return as(a + j); });
+}
+
+// A value as if it had been stored as X: a twin, a pack or a scalar, which `as` loads.
+template <class X, class V, class As>
+NG_HOST_DEVICE V stored_as(const V& value, As as) {
+    if constexpr (sizeof(X) >= sizeof(float)) {
+        return value;
+    } else {
+        X space[Twin<float>::lanes];
+        store_pack(space, value);
+        return as(static_cast<const X*>(space));
+    }
+}
+
+// y = (s - mean) * factor * weight + bias, times scale; rounded to X after each step where Early is true.
+template <class X, class Y, bool Early, bool Bias, class A>
+void write_row(int64_t d, const A* s, A mean, A factor, const A* weight, const A* bias, A scale, Y* y) {
+    for_twins<A>(d, [=](int64_t j, auto as) {
+        auto v = (as(s + j) - mean) * factor;
+        if constexpr (Early) v = stored_as<X>(v, as);
+        v = v * as(weight + j);
+        if constexpr (Early) v = stored_as<X>(v, as);
+        if constexpr (Bias) {
+            v = v + as(bias + j);
+            if constexpr (Early) v = stored_as<X>(v, as);
+        }
+        store_pack(y + j, v * scale);
+    });
 }
 
 // Dropout of x (draw 0) or x1 (draw 1), for the elements of a row, which begin at `first` of the tensor.
@@ -102,8 +126,9 @@ A rowscale_of(const GeneralBranch& branch, int64_t row) {
     return factor;
 }
 
-template <class A>
+template <class X>
 void forward_rows(const GeneralForward& args, int64_t begin, int64_t end) {
+    using A = compute_t<X>;
     const int64_t d = args.columns;
     const DType x_type = args.x_type;
     const bool early = args.casting != Casting::gemma;
@@ -118,49 +143,50 @@ void forward_rows(const GeneralForward& args, int64_t begin, int64_t end) {
         if (early) round_values(x_type, d, affine[i], rounding);
     }
 
-    // y from x_hat, which is in s.
-    const auto write = [&](int pair, void* y, int64_t first) {
+    const auto write = [&](int pair, void* base, int64_t first, A mean, A factor) {
         const A *weight = affine[2 * pair], *bias = affine[2 * pair + 1];
-        const bool with_weight = given[2 * pair], with_bias = given[2 * pair + 1];
-        if (early) {
-            each(d, t, [=](A, int64_t j) { return with_weight ? s[j] * weight[j] : s[j]; });
-            if (with_weight) round_values(x_type, d, t, rounding);
-            if (with_bias) {
-                each(d, t, [=](A value, int64_t j) { return value + bias[j]; });
-                round_values(x_type, d, t, rounding);
+        const auto to = [&](auto* y) {
+            using Y = std::remove_pointer_t<decltype(y)>;
+            if (early) {
+                if (given[2 * pair + 1])
+                    return write_row<X, Y, true, true>(d, s, mean, factor, weight, bias, scale, y + first);
+                return write_row<X, Y, true, false>(d, s, mean, factor, weight, bias, scale, y + first);
             }
-            each(d, t, [=](A value, int64_t) { return value * scale; });
-        } else if (with_bias) {
-            each(d, t, [=](A, int64_t j) { return (s[j] * weight[j] + bias[j]) * scale; });
-        } else {
-            each(d, t, [=](A, int64_t j) { return s[j] * weight[j] * scale; });
+            if (given[2 * pair + 1])
+                return write_row<X, Y, false, true>(d, s, mean, factor, weight, bias, scale, y + first);
+            write_row<X, Y, false, false>(d, s, mean, factor, weight, bias, scale, y + first);
+        };
+        if constexpr (sizeof(X) < sizeof(float)) {
+            if (args.y_type == DType::float32) return to(static_cast<float*>(base));
         }
-        store_values(t, d, y, args.y_type, first);
+        to(static_cast<X*>(base));
+    };
+    const auto add = [&](const A* added) {
+        each(d, s, [=](A value, int64_t j) { return value + added[j]; });
     };
 
     for (int64_t row = begin; row < end; ++row) {
         const int64_t first = row * d;
-        load_values(args.x, x_type, first, d, s);
+        load_typed(row_of<X>(args.x, row, d), d, s);
         if (args.branch.rowscale) {
             const A factor = rowscale_of<A>(args.branch, row);
             each(d, s, [=](A value, int64_t) { return value * factor; });
         }
         drop(args.branch, 0, first, d, s);
         if (args.x1) {
-            load_values(args.x1, x_type, first, d, t);
+            load_typed(row_of<X>(args.x1, row, d), d, t);
             drop(args.branch, 1, first, d, t);
-            each(d, s, [=](A value, int64_t j) { return value + t[j]; });
+            add(t);
         }
         if (args.residual) {
             load_values(args.residual, args.residual_type, first, d, t);
-            each(d, s, [=](A value, int64_t j) { return value + t[j]; });
+            add(t);
         }
         if (args.residual_out) store_values(s, d, args.residual_out, args.sum_type, first);
 
         A mean = 0, sum_of_squares;
         if (args.centred) {
-            const auto moments = row_moments<A>(
-                d, [=](int64_t j) { return load_pack(s + j); }, [=](int64_t j) { return s[j]; });
+            const auto moments = twin_moments<A>(d, [=](int64_t j, auto as) { return as(s + j); });
             mean = moments.mean;
             sum_of_squares = moments.sum_of_squares;
         } else {
@@ -178,10 +204,8 @@ void forward_rows(const GeneralForward& args, int64_t begin, int64_t end) {
             const A variance = rounded(x_type, sum_of(d, t) / count);
             factor = rounded(x_type, A(1) / std::sqrt(rounded(x_type, variance + eps)));
         }
-        each(d, s, [=](A value, int64_t) { return (value - mean) * factor; });
-        if (early) round_values(x_type, d, s, rounding);
-        write(0, args.y, first);
-        if (args.y1) write(1, args.y1, first);
+        write(0, args.y, first, mean, factor);
+        if (args.y1) write(1, args.y1, first, mean, factor);
     }
 }
 
@@ -189,8 +213,8 @@ template <class A>
 void backward_chunks(const GeneralBackward& args, int64_t begin, int64_t end) {
     const int64_t d = args.columns;
     const A offset = static_cast<A>(args.weight_offset), scale = static_cast<A>(args.output_scale);
-    Scratch<A> space(8 * d);
-    A *x_hat = space.get(), *g = x_hat + d, *h = g + d, *t = h + d;
+    Scratch<A> space(9 * d);
+    A *x_hat = space.get(), *g = x_hat + d, *h = g + d, *t = h + d, *unused = t + 5 * d;
     const A* weight = widened<A>(args.weight, args.weight_type, offset, A(1), d, t + d);
     const A* weight1 = widened<A>(args.weight1, args.weight1_type, offset, A(1), d, t + 2 * d);
     const A* bias = widened<A>(args.bias, args.bias_type, A(0), A(0), d, t + 3 * d);
@@ -205,13 +229,22 @@ void backward_chunks(const GeneralBackward& args, int64_t begin, int64_t end) {
         void* const partials[4] = {args.dweight_partial, args.dbias_partial, args.dweight1_partial,
                                    args.dbias1_partial};
         for (int i = 0; i < 4; ++i) {
-            sums[i] = partials[i] ? row_of<A>(partials[i], chunk, d) : nullptr;
-            if (sums[i]) each(d, sums[i], [](A, int64_t) { return A(0); });
+            sums[i] = partials[i] ? row_of<A>(partials[i], chunk, d) : unused;
+            each(d, sums[i], [](A, int64_t) { return A(0); });
         }
-        const auto add_to_sums = [&](int pair) {  // of the gradient in g
-            if (sums[2 * pair])
-                each(d, sums[2 * pair], [=](A sum, int64_t j) { return sum + g[j] * x_hat[j]; });
-            if (sums[2 * pair + 1]) each(d, sums[2 * pair + 1], [=](A sum, int64_t j) { return sum + g[j]; });
+        // Of one result: what g adds to h, and to the sums of its weight and bias.
+        const auto take = [&](int pair, const A* weights, bool adds) {
+            A *dweight = sums[2 * pair], *dbias = sums[2 * pair + 1];
+            const bool summed = partials[2 * pair] || partials[2 * pair + 1];
+#pragma omp simd
+            for (int64_t j = 0; j < d; ++j) {
+                const A value = g[j] * scale;
+                h[j] = adds ? h[j] + value * weights[j] : value * weights[j];
+                if (summed) {
+                    dweight[j] += value * x_hat[j];
+                    dbias[j] += value;
+                }
+            }
         };
 
         const int64_t last = args.rows * (chunk + 1) / args.chunks;
@@ -226,14 +259,10 @@ void backward_chunks(const GeneralBackward& args, int64_t begin, int64_t end) {
                 each(d, x_hat, [=](A s, int64_t) { return (s - mean) * rstd; });
             }
             load_values(args.dy, args.dy_type, first, d, g);
-            each(d, g, [=](A value, int64_t) { return value * scale; });
-            each(d, h, [=](A, int64_t j) { return g[j] * weight[j]; });
-            add_to_sums(0);
+            take(0, weight, false);
             if (args.dy1) {
                 load_values(args.dy1, args.dy_type, first, d, g);
-                each(d, g, [=](A value, int64_t) { return value * scale; });
-                each(d, h, [=](A value, int64_t j) { return value + g[j] * weight1[j]; });
-                add_to_sums(1);
+                take(1, weight1, true);
             }
 
             const A mean_dot = sum_of(d, h, x_hat) / static_cast<A>(d);
@@ -262,8 +291,7 @@ void backward_chunks(const GeneralBackward& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void general_norm_forward_rows(const GeneralForward& args, int64_t begin, int64_t end) {
-    if (args.x_type == DType::float64) return forward_rows<double>(args, begin, end);
-    forward_rows<float>(args, begin, end);
+    with_floating(args.x_type, [&](auto x) { forward_rows<decltype(x)>(args, begin, end); });
 }
 
 void general_norm_backward_chunks(const GeneralBackward& args, int64_t begin, int64_t end) {
