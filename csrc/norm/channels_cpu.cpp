@@ -6,31 +6,30 @@
 #include <cmath>
 #include <type_traits>
 
-#include "common/row_cpu.h"
+#include "common/twin.h"
 #include "norm/channels.h"
 
 NG_NAMESPACE_BEGIN
 namespace {
 
-// 1 / sqrt(mean(x^2) + eps) of each group of a token.
+// 1 / sqrt(mean(x^2) + eps) of each group of a token, from the sums of x^2.
+template <class A>
+void roots_of(int64_t groups, int64_t length, double eps, A* values) {
+    for (int64_t g = 0; g < groups; ++g) {
+        values[g] = A(1) / std::sqrt(values[g] / static_cast<A>(length) + static_cast<A>(eps));
+    }
+}
+
 template <class A, class X>
 void group_rstd(const X* token, int64_t groups, int64_t length, double eps, A* rstd) {
     for (int64_t g = 0; g < groups; ++g) {
         const X* x = token + g * length;
-        rstd[g] = sum_row<A>(
-            length,
-            [=](int64_t j) {
-                const auto v = load_pack(x + j);
-                return v * v;
-            },
-            [=](int64_t j) {
-                const A v = to_compute(x[j]);
-                return v * v;
-            });
+        rstd[g] = sum_twins<A>(length, [=](int64_t j, auto as) __attribute__((always_inline)) {
+            const auto v = as(x + j);
+            return v * v;
+        });
     }
-    for (int64_t g = 0; g < groups; ++g) {
-        rstd[g] = A(1) / std::sqrt(rstd[g] / static_cast<A>(length) + static_cast<A>(eps));
-    }
+    roots_of(groups, length, eps, rstd);
 }
 
 // One token; all of its groups in one loop, so that what the loop needs is set up once.
@@ -40,20 +39,12 @@ void forward_token(const X* x, const A* rstd, int64_t groups, int64_t length, co
     for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = g * length;
         const A r = rstd[g];
-        for_row<A>(
-            length,
-            [=](int64_t i) {
-                const int64_t j = first + i;
-                const auto u = load_pack(x + j) * r;
-                if constexpr (Write) store_pack(y + j, u * load_pack(scale + j) + load_pack(bias + j));
-                if constexpr (Sum) store_pack(squares + j, load_pack(squares + j) + u * u);
-            },
-            [=](int64_t i) {
-                const int64_t j = first + i;
-                const A u = to_compute(x[j]) * r;
-                if constexpr (Write) y[j] = from_compute<X>(u * scale[j] + bias[j]);
-                if constexpr (Sum) squares[j] += u * u;
-            });
+        for_twins<A>(length, [=](int64_t i, auto as) __attribute__((always_inline)) {
+            const int64_t j = first + i;
+            const auto u = as(x + j) * r;
+            if constexpr (Write) store_pack(y + j, u * as(scale + j) + as(bias + j));
+            if constexpr (Sum) store_pack(squares + j, as(squares + j) + u * u);
+        });
     }
 }
 
@@ -102,39 +93,35 @@ struct BackwardToken {
     A *products, *totals, *squares;
     int64_t groups, length;
 
+    // 1 / sqrt(mean(x^2) + eps) and mean(du * u) of each group, in one pass: as u is a multiple of x, the
+    // sums are of x^2, of dy * scale * x and of projection * x^2.
     template <bool Projected>
-    NG_HOST_DEVICE auto du(int64_t j, typename Simd<A>::Pack g, typename Simd<A>::Pack u) const {
-        auto value = g * load_pack(scale + j);
-        if constexpr (Projected) value -= u * load_pack(projection + j);
-        return value;
-    }
-    template <bool Projected>
-    NG_HOST_DEVICE A du(int64_t j, A g, A u) const {
-        A value = g * scale[j];
-        if constexpr (Projected) value -= u * projection[j];
-        return value;
-    }
-
-    // mean(du * u) of each group
-    template <bool Projected>
-    void mean_dots(const A* rstd, A* dots) const {
-        const BackwardToken t = *this;
+    void statistics(double eps, A* rstd, A* dots, A* projected) const {
+        constexpr int lanes = Twin<A>::lanes;
         for (int64_t g = 0; g < groups; ++g) {
-            const int64_t first = g * length;
-            const A r = rstd[g];
-            dots[g] = sum_row<A>(
-                          length,
-                          [=](int64_t i) {
-                              const int64_t j = first + i;
-                              const auto u = load_pack(t.x + j) * r;
-                              return t.template du<Projected>(j, load_pack(t.dy + j), u) * u;
-                          },
-                          [=](int64_t i) {
-                              const int64_t j = first + i;
-                              const A u = to_compute(t.x[j]) * r;
-                              return t.template du<Projected>(j, A(to_compute(t.dy[j])), u) * u;
-                          }) /
-                      static_cast<A>(length);
+            typename Twin<A>::type squares = {}, products = {}, pulls = {};
+            const BackwardToken t = *this;
+            const auto add = [=](int64_t j, auto as, auto& squares, auto& products, auto& pulls)
+                                 __attribute__((always_inline)) {
+                                     const auto v = as(t.x + j);
+                                     const auto square = v * v;
+                                     squares += square;
+                                     products += as(t.dy + j) * as(t.scale + j) * v;
+                                     if constexpr (Projected) pulls += square * as(t.projection + j);
+                                 };
+            int64_t j = g * length;
+            const int64_t end = j + length;
+            for (; j + lanes <= end; j += lanes) add(j, AsTwin{}, squares, products, pulls);
+            A square = sum_lanes(squares), product = sum_lanes(products), pull = 0;
+            if constexpr (Projected) pull = sum_lanes(pulls);
+            for (; j < end; ++j) add(j, AsScalar{}, square, product, pull);
+            rstd[g] = square;
+            dots[g] = product;
+            projected[g] = pull;
+        }
+        roots_of(groups, length, eps, rstd);
+        for (int64_t g = 0; g < groups; ++g) {
+            dots[g] = (dots[g] - projected[g] * rstd[g]) * rstd[g] / static_cast<A>(length);
         }
     }
 
@@ -144,37 +131,22 @@ struct BackwardToken {
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t first = g * length;
             const A r = rstd[g], dot = dots[g];
-            for_row<A>(
-                length,
-                [=](int64_t i) {
-                    const int64_t j = first + i;
-                    const auto dy = load_pack(t.dy + j);
-                    const auto u = load_pack(t.x + j) * r;
-                    if constexpr (Write) {
-                        auto d = t.template du<Projected>(j, dy, u);
-                        if constexpr (Grouped) d = (d - u * dot) * r;
-                        store_pack(t.dx + j, d);
-                    }
-                    if constexpr (Sum) {
-                        store_pack(t.products + j, load_pack(t.products + j) + dy * u);
-                        store_pack(t.totals + j, load_pack(t.totals + j) + dy);
-                        if constexpr (Grouped) store_pack(t.squares + j, load_pack(t.squares + j) + u * u);
-                    }
-                },
-                [=](int64_t i) {
-                    const int64_t j = first + i;
-                    const A dy = to_compute(t.dy[j]), u = to_compute(t.x[j]) * r;
-                    if constexpr (Write) {
-                        A d = t.template du<Projected>(j, dy, u);
-                        if constexpr (Grouped) d = (d - u * dot) * r;
-                        t.dx[j] = from_compute<X>(d);
-                    }
-                    if constexpr (Sum) {
-                        t.products[j] += dy * u;
-                        t.totals[j] += dy;
-                        if constexpr (Grouped) t.squares[j] += u * u;
-                    }
-                });
+            for_twins<A>(length, [=](int64_t i, auto as) __attribute__((always_inline)) {
+                const int64_t j = first + i;
+                const auto dy = as(t.dy + j);
+                const auto u = as(t.x + j) * r;
+                if constexpr (Write) {
+                    auto d = dy * as(t.scale + j);
+                    if constexpr (Projected) d -= u * as(t.projection + j);
+                    if constexpr (Grouped) d = (d - u * dot) * r;
+                    store_pack(t.dx + j, d);
+                }
+                if constexpr (Sum) {
+                    store_pack(t.products + j, as(t.products + j) + dy * u);
+                    store_pack(t.totals + j, as(t.totals + j) + dy);
+                    if constexpr (Grouped) store_pack(t.squares + j, as(t.squares + j) + u * u);
+                }
+            });
         }
     }
 };
@@ -183,7 +155,7 @@ template <class X, bool Projected, bool Grouped, bool Write, bool Sum>
 void backward_chunks(const ChannelBackward& args, int64_t begin, int64_t end) {
     using A = compute_t<X>;
     const int64_t columns = args.columns, groups = Grouped ? args.groups : 1, length = columns / groups;
-    Scratch<A> rstd(groups), dots(groups);
+    Scratch<A> rstd(groups), dots(groups), projected(groups);
     rstd.get()[0] = 1;
     dots.get()[0] = 0;
     const int64_t terms = channel_terms(args.groups);
@@ -212,8 +184,7 @@ void backward_chunks(const ChannelBackward& args, int64_t begin, int64_t end) {
             token.dy = row_of<X>(args.dy, row, columns);
             token.x = row_of<X>(args.x, row, columns);
             if constexpr (Grouped) {
-                group_rstd(token.x, groups, length, args.eps, rstd.get());
-                token.template mean_dots<Projected>(rstd.get(), dots.get());
+                token.template statistics<Projected>(args.eps, rstd.get(), dots.get(), projected.get());
             }
             token.template run<Projected, Grouped, Write, Sum>(rstd.get(), dots.get());
         }
