@@ -16,15 +16,21 @@ namespace {
 // Fewer rows than this are cut over threads by their segments; the bits are the same either way.
 constexpr int64_t few_rows = 8;
 
-SoftmaxAlgorithm chosen(SoftmaxAlgorithm algorithm, int64_t columns) {
-    if (algorithm != SoftmaxAlgorithm::automatic) return algorithm;
-    // A row of one segment costs one exponential an element, as those are kept; a longer one costs two, and
-    // then a pass less wins.
-    return columns <= softmax_segment ? SoftmaxAlgorithm::three_pass : SoftmaxAlgorithm::two_pass;
+// A row of one segment costs one exponential an element with three passes, as those are kept, and two with
+// two. Where rows come from memory that is the price of a pass that only waits for it: two passes then win,
+// for rows of several segments, and in float32 for tensors this large.
+constexpr int64_t bytes_out_of_cache = int64_t{32} << 20;
+
+SoftmaxAlgorithm chosen(const SoftmaxForward& args) {
+    if (args.algorithm != SoftmaxAlgorithm::automatic) return args.algorithm;
+    const bool large = !args.log && args.x_type == DType::float32 && args.columns >= 2048 &&
+                       args.rows * args.columns * size_of(args.x_type) >= bytes_out_of_cache;
+    return large || args.columns > softmax_segment ? SoftmaxAlgorithm::two_pass
+                                                   : SoftmaxAlgorithm::three_pass;
 }
 
 void run(SoftmaxForward& args, const Tensor&) {
-    args.algorithm = chosen(args.algorithm, args.columns);
+    args.algorithm = chosen(args);
     args.segments = softmax_segments(args.columns);
     if (args.segments == 1 || args.rows >= few_rows) {
         const auto rows = NG_CPU_POINTER(softmax_rows);

@@ -4,6 +4,7 @@
 // where it fits the cache. S is the type of the row that is read (that of x, or the compute type after
 // masking), Y that of y, A = float, or double for double.
 #include "common/row_cpu.h"
+#include "common/twin.h"
 #include "norm/exponentials_cpu.h"
 #include "norm/softmax.h"
 
@@ -339,12 +340,8 @@ class BackwardRows {
     A reduce(int64_t row, int64_t segment) {
         const Y* dy = start<Y>(args_.dy, row, segment);
         const Y* y = start<Y>(args_.y, row, segment);
-        Block<A> sum = Block<A>::all(0);
-        for_wide<A>(width(segment), [&](auto whole, int64_t j, int p, int n) {
-            const auto g = load(whole, dy + j, n);
-            sum.packs[p] += args_.log ? g : g * load(whole, y + j, n);
-        });
-        return fold_lanes<A>(sum, [](auto a, auto b) { return a + b; });
+        if (args_.log) return sum_twins<A>(width(segment), [=](int64_t j, auto as) { return as(dy + j); });
+        return sum_twins<A>(width(segment), [=](int64_t j, auto as) { return as(dy + j) * as(y + j); });
     }
 
     void write(int64_t row, int64_t segment, A sum) {
