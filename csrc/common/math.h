@@ -110,10 +110,22 @@ NG_HOST_DEVICE V exp_pack(V x) {
     return (fraction + 1) * first * second;
 }
 
+// e^x for x <= 0, with 0 for results below the smallest normal number; NaN for NaN.
+template <class V>
+NG_HOST_DEVICE V exp_below(V x) {
+    using C = ExpConstants<Lane<V>>;
+    using I = Mask<V>;
+    // Where the exponent rounds to -bias, whose power is 0: power_of_two need not look again.
+    const V low = V{} - C::bias * Lane<V>(0x1.62e42fefa39efp-1);
+    const auto [fraction, exponent] = exp_parts(max_pack(low, x));
+    const V biased = exponent + (C::bias + C::to_integer);
+    return (fraction + 1) * bit_cast<V>(bit_cast<I>(biased) << C::mantissa_bits);
+}
+
 // 1 / (1 + e^-x), from e^-|x| so that nothing overflows.
 template <class V>
 NG_HOST_DEVICE V sigmoid_pack(V x) {
-    const V e = exp_pack(-abs_pack(x));
+    const V e = exp_below(-abs_pack(x));
     return (x < V{} ? e : V{} + 1) / (e + 1);
 }
 

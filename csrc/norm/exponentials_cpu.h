@@ -24,18 +24,6 @@ NG_HOST_DEVICE auto loader(const T* x) {
     };
 }
 
-// e^x for x <= 0, with 0 for results below the smallest normal number; NaN for NaN.
-template <class V>
-NG_HOST_DEVICE V exp_below(V x) {
-    using C = ExpConstants<Lane<V>>;
-    using I = Mask<V>;
-    // Where the exponent rounds to -bias, whose power is 0: power_of_two need not look again.
-    const V low = V{} - C::bias * Lane<V>(0x1.62e42fefa39efp-1);
-    const auto [fraction, exponent] = exp_parts(max_pack(low, x));
-    const V biased = exponent + (C::bias + C::to_integer);
-    return (fraction + 1) * bit_cast<V>(bit_cast<I>(biased) << C::mantissa_bits);
-}
-
 template <class T>
 struct LogConstants;
 // ln(1 + f) = f - f^2 / 2 + s (f^2 / 2 + r(s^2)) with s = f / (2 + f); the polynomials of FreeBSD's msun.

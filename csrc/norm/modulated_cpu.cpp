@@ -246,6 +246,8 @@ void forward_rows(const ModulatedForward& args, int64_t begin, int64_t end) {
                 rotate(args, tables.cos(), tables.sin(), false, y, n);
             } else if (around == Around::gate && args.norm_first) {
                 for_lanes<A>(columns, [&](auto v, int64_t j) {
+                    __builtin_prefetch(x + columns + j);  // the next row, while this one is computed
+                    __builtin_prefetch(z + columns + j);
                     put(v, y + j, n(v, j) * act(at(v, z + j), args.silu));
                 });
             } else {
@@ -270,7 +272,10 @@ void forward_rows(const ModulatedForward& args, int64_t begin, int64_t end) {
                 write(kept, keep(args, s, kept));
             }
         } else if (around == Around::gate && !args.norm_first) {
-            const auto s = [&](auto v, int64_t j) { return at(v, x + j) * act(at(v, z + j), args.silu); };
+            const auto s = [&](auto v, int64_t j) {
+                __builtin_prefetch(z + columns + j);
+                return at(v, x + j) * act(at(v, z + j), args.silu);
+            };
             write(kept, keep(args, s, kept));
         } else {
             write(x, moments_of<A>(args, x));
