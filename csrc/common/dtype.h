@@ -23,6 +23,7 @@ enum class DType : int32_t {
     int32,
     e4m3,
     e5m2,
+    int16,
     boolean
 };
 
@@ -36,6 +37,7 @@ inline int64_t size_of(DType dtype) {
             return 4;
         case DType::bfloat16:
         case DType::float16:
+        case DType::int16:
             return 2;
         default:
             return 1;
@@ -44,7 +46,7 @@ inline int64_t size_of(DType dtype) {
 
 inline const char* name_of(DType dtype) {
     constexpr const char* names[] = {"float32", "float64", "bfloat16",      "float16",     "int8", "uint8",
-                                     "int64",   "int32",   "float8_e4m3fn", "float8_e5m2", "bool"};
+                                     "int64",   "int32",   "float8_e4m3fn", "float8_e5m2", "int16", "bool"};
     return names[static_cast<int>(dtype)];
 }
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import narrowgauge as ng
 from narrowgauge.ops import library
-from narrowgauge.optim.adamw import adamw_op
+from narrowgauge.optim.adamw import adamw_rule
 from narrowgauge.optim.elementwise import stream_seed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -117,22 +117,9 @@ def call(
     states = [torch.zeros_like(p, dtype=torch.float32) for p in params for _ in range(2)]
     indices, firsts = (list(range(count)), [0] * count) if stochastic else ([], [])
     counters = [torch.tensor(step) for step in steps]
-    options = 1e-2, 0.9, 0.999, 1e-2, 1e-8, False
     return (
-        params,
-        grads,
-        states,
-        [],
-        counters,
-        None,
-        *options,
-        False,
-        stochastic,
-        0,
-        indices,
-        firsts,
-        None,
-        None,
+        *(params, grads, states, [], counters, [], [], [], None, None, None, 1e-2, [0.9, 0.999, 1e-2, 1e-8], 0, 0),
+        *(int(stochastic), False, False, 0.0, [], 0, indices, firsts, None, None, None),
     )
 
 
@@ -144,7 +131,7 @@ def test_many_parameters_with_their_own_steps(run: Any) -> None:
     args = call(
         params, [torch.randn(size) for size in sizes], steps=[float(i % 5) for i in range(len(sizes))]
     )
-    for actual, expected in zip(run(adamw_op, *args), run_reference(adamw_op, *args), strict=True):
+    for actual, expected in zip(run(adamw_rule.step, *args), run_reference(adamw_rule.step, *args), strict=True):
         assert_same_bits(actual, expected)
 
 
@@ -156,9 +143,10 @@ def test_emulated_schedules_with_several_parameters_per_block(int8: bool) -> Non
     if int8:
         args[3] = [torch.zeros(-(-p.numel() // 256)) for p in params for _ in range(2)]
         args[2] = [state.to(torch.uint8) for state in args[2]]
-    expected = run_reference(adamw_op, *args)
+        args[14] = 2
+    expected = run_reference(adamw_rule.step, *args)
     for seed in range(8):
-        for a, e in zip(run_emulated(adamw_op, *args, seed=seed), expected, strict=True):
+        for a, e in zip(run_emulated(adamw_rule.step, *args, seed=seed), expected, strict=True):
             assert_same_bits(a, e, f"schedule {seed}")
 
 
@@ -179,11 +167,8 @@ def test_stochastic_rounding_is_unbiased(run: Any) -> None:
     """The mean over many elements is the float32 result; nearest rounding would not move at all."""
     p, g = torch.ones(100_000, dtype=torch.bfloat16), torch.ones(100_000, dtype=torch.bfloat16)
     args = list(call([p], [g], steps=[0.0], stochastic=True))
-    args[6], args[9] = (
-        2.0**-11,
-        0.0,
-    )  # lr, weight decay: an eighth of the distance to the next bfloat16 below 1
-    moved = 1 - run(adamw_op, *args)[0].double()
+    args[11], args[12] = 2.0**-11, [0.9, 0.999, 0.0, 1e-8]  # an eighth of the distance to the next bfloat16 below 1
+    moved = 1 - run(adamw_rule.step, *args)[0].double()
     assert set(moved.unique().tolist()) == {0.0, 2.0**-8}
     deviation = 2.0**-8 * (1 / 8 * 7 / 8 / 100_000) ** 0.5
     assert abs(moved.mean().item() - 2.0**-11) < 4 * deviation
@@ -318,7 +303,7 @@ def run_op(args: tuple[Any, ...]) -> list[Tensor]:
     args = tuple(
         [x.clone() for x in a] if isinstance(a, list) and a and isinstance(a[0], Tensor) else a for a in args
     )
-    adamw_op(*args)
+    adamw_rule.step(*args)
     return [*args[0], *args[2]]
 
 
@@ -448,11 +433,11 @@ def test_grad_scaler() -> None:
 @pytest.mark.parametrize("run", all_backends())
 @pytest.mark.parametrize("int8", [False, True])
 def test_nothing_changes_when_a_gradient_overflowed(run: Any, int8: bool) -> None:
-    for sample in adamw_op.sample_calls(torch.bfloat16):
+    for sample in adamw_rule.step.sample_calls(torch.bfloat16):
         if bool(sample.args[3]) == int8:
             args = (*sample.args[:-1], torch.ones(()))
-            before = [t for lst in (args[0], args[2], args[3], args[4]) for t in lst]
-            for a, e in zip(run(adamw_op, *args), before, strict=True):
+            before = [t for tensors in args[:8] for t in tensors]
+            for a, e in zip(run(adamw_rule.step, *args), before, strict=True):
                 assert_same_bits(a, e, sample.why)
 
 

@@ -1,106 +1,114 @@
-"""AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019)."""
+"""AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019) and Adam (Kingma and Ba, ICLR 2015)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from narrowgauge.ops import Sample, SampleMaker, system
-from narrowgauge.ops.operator import FLOATING
-from narrowgauge.optim import codec
-from narrowgauge.optim.base import ElementwiseOptimizer, Params, check_range
-from narrowgauge.optim.elementwise import Rule, declare, integer_power, square_root
+from narrowgauge.ops import system
+from narrowgauge.optim.base import Call, Common, ElementwiseOptimizer, Params, check_betas, check_range
+from narrowgauge.optim.elementwise import Rule, Scalar, integer_power, interpolate, square_root
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# Variants: amsgrad + 2 l2, then 4 + l2: cautious.
+
+
+def _is_l2(variant: int) -> int:
+    return variant & (1 if variant >= 4 else 2)
 
 
 def _scalars(
-    lr: Tensor, step: Tensor, beta1: float, beta2: float, weight_decay: float, eps: float, amsgrad: bool
-) -> tuple[Tensor | float, ...]:
+    variant: int,
+    lr: Tensor,
+    step: Tensor,
+    given: list[Tensor],
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+) -> tuple[Scalar, ...]:
+    decay = weight_decay if _is_l2(variant) else 1 - lr * weight_decay
     step_size = lr / (1 - integer_power(beta1, step))
     correction = (1 - integer_power(beta2, step)).sqrt()
-    return 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, step_size, correction, eps
+    rescale = given[0] if variant >= 4 else 1.0
+    return decay, beta1, 1 - beta1, beta2, 1 - beta2, step_size, correction, eps, rescale
 
 
-def _update(p: Tensor, g: Tensor, states: list[Tensor], scalars: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    decay, first_keep, first_weight, second_keep, second_weight, step_size, correction, eps = scalars
+def _update(
+    variant: int, p: Tensor, g: Tensor, states: list[Tensor], scalars: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    decay, first_keep, first_weight, second_keep, second_weight, step_size, correction, eps, rescale = scalars
+    if _is_l2(variant):
+        g = g + decay * p
     m, v, *largest = states
-    difference = g - m
-    # Two forms of the same interpolation: each is exact at its end, beta1 = 1 and beta1 = 0.
-    m = torch.where(first_weight < 0.5, m + first_weight * difference, g - first_keep * difference)
+    m = interpolate(m, g, first_keep, first_weight)
     v = v * second_keep + second_weight * g * g
     largest = [torch.maximum(largest[0], v)] if largest else []
-    denominator = square_root(largest[0] if largest else v) / correction + eps
-    return p * decay - step_size * m / denominator, [m, v, *largest]
+    step = step_size * m / (square_root(largest[0] if largest else v) / correction + eps)
+    if variant >= 4:
+        step = torch.where(step * g > 0, step * rescale, 0.0)
+    return (p if _is_l2(variant) else p * decay) - step, [m, v, *largest]
 
 
-def _samples(make: SampleMaker) -> Iterator[Sample]:
-    def call(
-        shapes: list[tuple[int, ...]], *, amsgrad: bool = False, int8: bool = False, **options: Any
-    ) -> tuple[Any, ...]:
-        params = [make(*shape) for shape in shapes]
-        grads = [make(*shape, dtype=options.get("grad_dtype")) for shape in shapes]
-        states, scales = [], []
-        for p in params:
-            wide = torch.float64 if p.dtype is torch.float64 else torch.float32
-            values = [make(*p.shape, dtype=wide)] + [
-                make(*p.shape, dtype=wide).square() for _ in range(1 + amsgrad)
-            ]
-            if int8:
-                encoded = [codec.encode_state(value, signed=k == 0) for k, value in enumerate(values)]
-                states += [codes for codes, _ in encoded]
-                scales += [scale for _, scale in encoded]
-            else:
-                states += values
-        steps = [make(dtype=torch.float32, scale=0.0) + i for i in range(len(params))]
-        stochastic = options.get("stochastic", False)
-        indices, firsts = (list(range(len(params))), [0] * len(params)) if stochastic else ([], [])
-
-        def scalar(name: str) -> Tensor | None:
-            return make(dtype=torch.float32, scale=0.0) + options[name] if name in options else None
-
-        return (
-            *(params, grads, states, scales, steps, scalar("lr"), 1e-2, 0.9, 0.999, 1e-2, 1e-8, amsgrad),
-            *(options.get("maximize", False), stochastic, 7, indices, firsts),
-            *(scalar("grad_scale"), scalar("found_inf")),
-        )
-
-    yield Sample(
-        call([(17, 9), (5,), (), (0, 3), (1,)]), "several shapes, among them a scalar and an empty one"
-    )
-    yield Sample(
-        call([(255,), (256,), (257,), (1023,), (1025,), (8193,)]), "around block and chunk boundaries"
-    )
-    yield Sample(call([(33, 65)], amsgrad=True, maximize=True), "amsgrad and maximize")
-    yield Sample(call([(300,), (7,)], lr=0.03, grad_scale=3.0), "learning rate and gradient scale as tensors")
-    yield Sample(call([(300,)], found_inf=1.0), "skipped because a gradient overflowed")
-    if make.dtype is not torch.float64:
-        yield Sample(call([(257,), (64, 64), (3,)], int8=True), "8-bit states")
-        yield Sample(call([(700,)], int8=True, amsgrad=True), "8-bit states with amsgrad")
-        yield Sample(call([(300,), (5,)], grad_dtype=torch.bfloat16), "bfloat16 gradients")
-        yield Sample(call([(300,), (5,)], grad_dtype=torch.float32), "float32 gradients")
-    if make.dtype is torch.bfloat16:
-        yield Sample(call([(258,), (2049,)], stochastic=True), "stochastic rounding")
-        yield Sample(
-            call([(258,), (2049,)], stochastic=True, int8=True), "stochastic rounding with 8-bit states"
-        )
+def _terms(variant: int, p: Tensor, g: Tensor, states: list[Tensor], scalars: list[Tensor]) -> list[Tensor]:
+    decay, first_keep, first_weight, *_ = scalars
+    if _is_l2(variant):
+        g = g + decay * p
+    return [(interpolate(states[0], g, first_keep, first_weight) * g > 0).to(g.dtype)]
 
 
-adamw_op = declare(
-    Rule(
-        name="adamw",
-        options="float beta1, float beta2, float weight_decay, float eps, bool amsgrad",
-        signed=(True, False, False),
-        scalars=_scalars,
-        update=_update,
-    ),
-    _samples,
-    FLOATING,
+adamw_rule = Rule(
+    name="adamw",
+    options=("beta1", "beta2", "weight_decay", "eps"),
+    signed=((True, False), (True, False, False)) * 2 + ((True, False),) * 2,
+    scalars=_scalars,
+    update=_update,
+    terms=_terms,
+    sums=(0, 0, 0, 0, 1, 1),
+    given=(0, 0, 0, 0, 1, 1),
+    sample_options=(0.9, 0.999, 1e-2, 1e-8),
 )
 
 
-class AdamW(ElementwiseOptimizer):
+def cautious_rescale(call: Call) -> Tensor:
+    """By how much the steps that are left grow: one over the share of elements that take part, at most 1000."""
+    counts = torch.tensor([p.numel() for p in call.whole], dtype=torch.float64, device=call.device)
+    share = call.sums()[:, 0] / counts.clamp_min(1)
+    return (1 / share.clamp_min(1e-3))[:, None]
+
+
+class _AdamFamily(ElementwiseOptimizer):
+    _rule = adamw_rule
+    _l2 = False
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        name = type(self).__name__
+        check_betas(name, group["betas"])
+        check_range(name, "eps", group["eps"], 0)
+        check_range(name, "weight_decay", group["weight_decay"], 0)
+        if group["cautious"] and group["amsgrad"]:
+            raise ValueError(f"{name}: cautious=True and amsgrad=True cannot be combined; leave one out")
+
+    def _variant(self, group: dict[str, Any]) -> int:
+        l2 = not group.get("decoupled_weight_decay", True) and group["weight_decay"] != 0
+        return 4 + l2 if group["cautious"] else group["amsgrad"] + 2 * l2
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        return names if group["amsgrad"] else names[:2]
+
+    def _options(self, group: dict[str, Any]) -> list[float]:
+        return [*group["betas"], group["weight_decay"], group["eps"]]
+
+    def _given(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
+        return (cautious_rescale(call) if call.group["cautious"] else None), None
+
+
+class AdamW(_AdamFamily):
     """A drop-in for `torch.optim.AdamW` in one kernel for all parameters, with narrow states and parameters.
 
     Arithmetic is float32 (float64 for float64 parameters) whatever the storage. Gradients are never modified, also not
@@ -113,18 +121,10 @@ class AdamW(ElementwiseOptimizer):
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay.
         amsgrad: Use the largest second moment so far.
-        maximize: Go up instead of down.
-        foreach, fused, capturable: Accepted for compatibility; every step is fused, and capturable on CUDA.
-        differentiable: Must be False.
-        state_dtype: ``"fp32"``, or ``"int8"`` for 8-bit blockwise states of parameters with at least
-            `min_quantized_size` elements.
-        param_update: How bfloat16 parameters are rounded: ``"nearest"``, or ``"stochastic"``, under which small
-            updates are not lost. Parameters of other dtypes are always rounded to nearest.
-        seed: Seed of the stochastic rounding.
-        min_quantized_size: Smaller parameters keep fp32 states.
+        cautious: Leave out elements whose momentum points against the gradient, and enlarge the other steps of the
+            tensor by as much (Liang et al., arXiv 2411.16085).
+        **common: See `narrowgauge.optim.base.Common`.
     """
-
-    _operator = adamw_op
 
     def __init__(
         self,
@@ -135,60 +135,67 @@ class AdamW(ElementwiseOptimizer):
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
         *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        state_dtype: str = "fp32",
-        param_update: str = "nearest",
-        seed: int = 0,
-        min_quantized_size: int = 4096,
+        cautious: bool = False,
+        **common: Unpack[Common],
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "amsgrad": amsgrad,
-                "maximize": maximize,
-                "foreach": foreach,
-                "capturable": capturable,
-                "differentiable": differentiable,
-                "fused": fused,
-                "state_dtype": state_dtype,
-                "param_update": param_update,
-                "seed": seed,
-                "min_quantized_size": min_quantized_size,
-            },
-        )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "cautious": cautious,
+        }
+        super().__init__(params, defaults, common)
 
-    def _check_options(self, group: dict[str, Any]) -> None:
-        betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise ValueError(f"AdamW: betas must be two numbers in [0, 1), got {betas!r}")
-        for i, beta in enumerate(betas):
-            check_range("AdamW", f"betas[{i}]", beta, 0, 1)
-        check_range("AdamW", "eps", group["eps"], 0)
-        check_range("AdamW", "weight_decay", group["weight_decay"], 0)
 
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
+class Adam(_AdamFamily):
+    """A drop-in for `torch.optim.Adam`: as `AdamW`, with the weight decay added to the gradient.
 
-    def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        beta1, beta2 = group["betas"]
-        return beta1, beta2, group["weight_decay"], group["eps"], group["amsgrad"]
+    Args:
+        params: Parameters or parameter groups.
+        lr: Learning rate, a number or a tensor.
+        betas: Decay rates of the first and second moment.
+        eps: Added to the denominator.
+        weight_decay: L2 penalty, added to the gradient before the moments.
+        amsgrad: Use the largest second moment so far.
+        decoupled_weight_decay: Decay as `AdamW` does.
+        cautious: As for `AdamW`.
+        **common: See `narrowgauge.optim.base.Common`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        decoupled_weight_decay: bool = False,
+        cautious: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "cautious": cautious,
+        }
+        super().__init__(params, defaults, common)
 
 
 system(
     "adamw",
-    title="AdamW",
-    source="arXiv 1711.05101; 8-bit states: arXiv 2110.02861",
+    title="AdamW and Adam",
+    source="arXiv 1711.05101; 8-bit states: arXiv 2110.02861; cautious: arXiv 2411.16085",
     page="adamw.md",
-    modules=("optim.AdamW",),
-    operators=("adamw_",),
+    modules=("optim.AdamW", "optim.Adam"),
+    operators=("adamw_", "adamw_sums"),
     golden=("torch_optim", "torchao_lowbit", "bnb8bit"),
     bench=("adamw",),
 )

@@ -1,20 +1,26 @@
-"""What all elementwise optimizers share: states, step, checkpoints. An optimizer adds its rule and its arguments."""
+"""What all elementwise optimizers share: options, states, the step. An optimizer adds its rule and its arguments."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from operator import itemgetter
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 
-from narrowgauge.ops import Operator, checks
-from narrowgauge.optim import codec
+from narrowgauge.ops import checks
+from narrowgauge.optim import codec, tensors
+from narrowgauge.optim.checkpoint import Checkpoints
+from narrowgauge.optim.elementwise import Rule
+from narrowgauge.optim.l2_norm import squared_norms
+from narrowgauge.optim.rule_samples import PARAM_UPDATES
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # noqa: F401
 
 Params = Iterable[Any]
 
@@ -26,8 +32,54 @@ PARAM_DTYPES = (
     torch.complex64,
     torch.complex128,
 )
-# Options that describe how this optimizer stores things; a checkpoint may not change them.
-STORAGE_OPTIONS = ("state_dtype", "min_quantized_size")
+
+
+class Common(TypedDict, total=False):
+    """Keyword arguments of every elementwise optimizer, also options of a parameter group.
+
+    Attributes:
+        maximize: Go up instead of down.
+        foreach, fused, capturable: Accepted for compatibility; every step is fused, and capturable on CUDA.
+        differentiable: Must be False.
+        state_dtype: ``"fp32"``, ``"bf16"``, ``"int8"``, ``"int4"``, ``"fp8"``, ``"fp8_expanded"`` or
+            ``"int8_companded"``: how the states of parameters with at least `min_quantized_size` elements are stored
+            (``"bf16"``: of all). float64 and complex128 parameters keep float64 states.
+        param_update: How the new value of a bfloat16 parameter is kept. ``"nearest"``; ``"stochastic"``, under which
+            small updates are not lost on average (bfloat16 states are then rounded so, too); ``"kahan"``, which keeps
+            what was lost in ``param_comp`` (also float16); ``"split"``, which keeps the rest of a float32 master in
+            ``param_low``. Parameters of other dtypes are rounded to nearest.
+        split_bits: Bits of ``param_low``, 8 or 16.
+        seed: Seed of the stochastic rounding.
+        min_quantized_size: Smaller parameters keep float32 states. Counted over all shards.
+        ema_decay: Keep a float32 moving average of the parameters, ``ema``, with this decay.
+    """
+
+    maximize: bool
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool
+    differentiable: bool
+    state_dtype: str
+    param_update: str
+    split_bits: int
+    seed: int
+    min_quantized_size: int
+    ema_decay: float | None
+
+
+COMMON_DEFAULTS: dict[str, Any] = {
+    "maximize": False,
+    "foreach": None,
+    "fused": None,
+    "capturable": False,
+    "differentiable": False,
+    "state_dtype": "fp32",
+    "param_update": "nearest",
+    "split_bits": 8,
+    "seed": 0,
+    "min_quantized_size": 4096,
+    "ema_decay": None,
+}
 
 
 def check_range(function: str, name: str, value: Any, low: float, below: float = math.inf) -> None:
@@ -37,94 +89,210 @@ def check_range(function: str, name: str, value: Any, low: float, below: float =
         raise ValueError(f"{function}: {name} must be a finite number {interval}, got {value!r}")
 
 
-def _dtensor() -> Any:
-    """The DTensor class, when this process has imported it."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return getattr(module, "DTensor", None)
-
-
-def _local(x: Any) -> Tensor:
-    dtensor = _dtensor()
-    if dtensor is not None and isinstance(x, dtensor):
-        x = x.to_local()
-    return torch.view_as_real(x) if x.is_complex() else x
-
-
-def _is_dense(x: Tensor) -> bool:
-    covered = 1
-    for size, stride in sorted(zip(x.shape, x.stride(), strict=True), key=lambda pair: pair[1]):
-        if size > 1:
-            if stride != covered:
-                return False
-            covered *= size
-    return True
-
-
-def _like(x: Tensor, model: Tensor) -> Tensor:
-    """`x` itself when it is stored element for element like `model`, else such a copy."""
-    if x.stride() == model.stride():
-        return x
-    return torch.empty_like(model, dtype=x.dtype).copy_(x)
-
-
-def _new_sharded_scale(p: Any, dtype: torch.dtype) -> Tensor:
-    """Scales for the blocks of a sharded parameter, which do not cross shards.
-
-    Every process holds as many as the largest shard needs, because shards of a DTensor that is made of local tensors
-    must have one size: checkpoints are cut by it.
-    """
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-
-    sizes = list(p.shape)
-    placements: list[Any] = []
-    for placement, parts in zip(p.placements, p.device_mesh.shape, strict=True):
-        dim = getattr(placement, "dim", None)
-        placements.append(Replicate() if dim is None else Shard(0))
-        if dim is not None:
-            sizes[dim] = -(-sizes[dim] // parts)
-    scale = torch.zeros(codec.block_count(math.prod(sizes)), dtype=dtype, device=p.device)
-    return DTensor.from_local(scale, p.device_mesh, placements, run_check=False)
-
-
-def _first_element(p: Any) -> int:
-    """Where this process's shard begins in the whole parameter."""
-    dtensor = _dtensor()
-    if dtensor is None or not isinstance(p, dtensor):
-        return 0
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    if any(not (placement.is_replicate() or placement.is_shard(0)) for placement in p.placements):
-        raise ValueError(
-            "param_update='stochastic' needs parameters that are replicated or sharded in dimension 0, "
-            f"got {p.placements}"
-        )
-    _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    return offset[0] * math.prod(p.shape[1:]) if offset else 0
+def check_betas(function: str, betas: Any, count: int = 2) -> None:
+    """Decay rates: so many numbers in [0, 1)."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != count:
+        words = {2: "two", 3: "three"}[count]
+        raise ValueError(f"{function}: betas must be {words} numbers in [0, 1), got {betas!r}")
+    for i, beta in enumerate(betas):
+        check_range(function, f"betas[{i}]", beta, 0, 1)
 
 
 def _getter(names: Sequence[str]) -> Callable[[dict[str, Any]], Iterable[Any]]:
     """``itemgetter``, which is several times faster than a comprehension, also for a single name."""
+    if not names:
+        return lambda state: ()
     return itemgetter(*names) if len(names) > 1 else lambda state: (state[names[0]],)
 
 
+LISTS = ("params", "grads", "states", "scales", "steps", "rests", "emas", "copies")
+
+
+class Call:
+    """Parameters of a group that go into one call of the rule's operators.
+
+    Attributes:
+        whole: The parameters as the user has them.
+        params, grads, states, scales, steps, rests, emas, copies: This process's shards, dense and laid out alike.
+    """
+
+    def __init__(
+        self, optimizer: ElementwiseOptimizer, group: dict[str, Any], plain: bool, lists: list[list[Any]]
+    ) -> None:
+        self.optimizer, self.group, self.rule = optimizer, group, optimizer._rule
+        self.variant = optimizer._variant(group)
+        self.whole = lists[0]
+        self.written_back: list[tuple[Tensor, Tensor]] = []
+        self.row_lengths: list[int] = []
+        device = self.whole[0].device
+        self.coded = bool(lists[3]) or (bool(lists[2]) and lists[2][0].dtype is torch.bfloat16)
+        self.param_update = self._param_update()
+        if not plain:
+            lists = self._local_lists(lists)
+        self.params, self.grads, self.states, self.scales, self.steps, self.rests, self.emas, self.copies = (
+            lists
+        )
+        dtype, grad_dtype = self.params[0].dtype, self.grads[0].dtype
+        if grad_dtype not in (dtype, torch.float32, torch.bfloat16) or (
+            dtype is torch.float64 and grad_dtype is not torch.float64
+        ):
+            self.grads = [g.to(dtype) for g in self.grads]
+        self.lr: float = 0.0
+        self.lr_tensor: Tensor | None = None
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            kept = lr.dtype if lr.dtype in (torch.float32, torch.float64) else torch.float32
+            self.lr_tensor = lr.to(device, kept, non_blocking=True)
+        else:
+            self.lr = lr
+        self.grad_scale = optimizer._on(device, getattr(optimizer, "grad_scale", None))
+        self.clip: Tensor | None = None
+        self.found_inf = optimizer._on(device, getattr(optimizer, "found_inf", None))
+        if optimizer._uses_rows(self.variant):
+            self.row_lengths = [optimizer._row_length(group, p) for p in self.params]
+
+    def _param_update(self) -> str:
+        how, dtype = self.group["param_update"], self.whole[0].dtype
+        fits = dtype is torch.bfloat16 or (how == "kahan" and dtype is torch.float16)
+        rounds_states = how == "stochastic" and self.group["state_dtype"] == "bf16" and self.coded
+        return how if fits or rounds_states else "nearest"
+
+    @property
+    def device(self) -> torch.device:
+        return self.params[0].device
+
+    @property
+    def state_format(self) -> int:
+        return codec.FORMATS[self.group["state_dtype"] if self.coded else "fp32"].number
+
+    def _numbers(self) -> tuple[Any, ...]:
+        return (
+            *(self.lr_tensor, self.lr, self.optimizer._options(self.group), self.variant, self.state_format),
+            PARAM_UPDATES.index(self.param_update),
+        )
+
+    def learning_rate(self) -> Tensor:
+        """The rate as a float64 tensor on the device."""
+        if self.lr_tensor is not None:
+            return self.lr_tensor.double().reshape(())
+        return torch.tensor(self.lr, dtype=torch.float64, device=self.device)
+
+    def next_steps(self) -> Tensor:
+        """The number of this step for each parameter, in float64."""
+        return torch.stack([step.reshape(()) for step in self.steps]).double() + 1
+
+    def sums(self, given: Tensor | None = None) -> Tensor:
+        """The rule's sums, float64 of shape (rows, sums), over all shards."""
+        result = self.rule.reduce(
+            *(
+                self.params,
+                self.grads,
+                self.states,
+                self.scales,
+                self.steps,
+                given,
+                *self._numbers(),
+                self.rests,
+            ),
+            *(self.group["maximize"], self.row_lengths, self.grad_scale, self.clip),
+        )
+        return tensors.sum_over_shards(result.double(), self.whole[0])
+
+    def step(self, given: Tensor | None = None, rows: Tensor | None = None, zero_grad: bool = False) -> None:
+        """The rule's step."""
+        group = self.group
+        stochastic = self.param_update == "stochastic"
+        indices = [self.optimizer._indices[p] for p in self.whole] if stochastic else []
+        first_elements = [tensors.first_element(p) for p in self.whole] if stochastic else []
+        self.rule.step(
+            *(
+                self.params,
+                self.grads,
+                self.states,
+                self.scales,
+                self.steps,
+                self.rests,
+                self.emas,
+                self.copies,
+            ),
+            *(given, rows, *self._numbers(), group["maximize"], zero_grad, group["ema_decay"] or 0.0),
+            *(
+                self.row_lengths,
+                group["seed"],
+                indices,
+                first_elements,
+                self.grad_scale,
+                self.clip,
+                self.found_inf,
+            ),
+        )
+        for target, value in self.written_back:
+            target.copy_(value)
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(self.whole)
+
+    def _local_lists(self, lists: list[list[Any]]) -> list[list[Any]]:
+        """This process's shards, as real numbers in dense tensors of one layout."""
+        params, grads, states, scales, steps, rests, emas, copies = lists
+        result: list[list[Any]] = [[] for _ in LISTS]
+        needs_rows = self.optimizer._uses_rows(self.variant)
+        per_param = len(states) // len(params)
+
+        def kept(x: Any, model: Tensor) -> Tensor:
+            original = tensors.local(x)
+            if original.dim() == 1 and original.numel() != model.numel():
+                return original  # packed codes
+            x = tensors.like(original, model)
+            if x is not original:
+                self.written_back.append((original, x))
+            return x
+
+        for i, p in enumerate(params):
+            original = tensors.local(p)
+            dense = original.is_contiguous() if needs_rows else tensors.is_dense(original)
+            model = original if dense else original.contiguous()
+            if model is not original:
+                self.written_back.append((original, model))
+            result[0].append(model)
+            result[1].append(kept(grads[i], model))
+            result[2] += [kept(state, model) for state in states[i * per_param : (i + 1) * per_param]]
+            for scale in scales[i * per_param : (i + 1) * per_param]:
+                count = tensors.scale_count(model.numel(), self.group["state_dtype"])
+                result[3].append(tensors.local(scale)[:count])
+            result[4].append(steps[i])
+            for k, extra in ((5, rests), (6, emas), (7, copies)):
+                result[k] += [kept(extra[i], model)] if extra else []
+        return result
+
+
 class _Batch:
-    """Parameters of a group that go into one call of the operator."""
+    """Parameters of a group that can go into one call."""
 
     def __init__(self, plain: bool) -> None:
         self.plain = plain
-        self.lists: tuple[list[Tensor], ...] = ([], [], [], [], [])
+        self.lists: tuple[list[Any], ...] = tuple([] for _ in LISTS)
 
 
-class ElementwiseOptimizer(torch.optim.Optimizer):
-    """Base of the optimizers whose rule treats every element alike.
+class ElementwiseOptimizer(Checkpoints):
+    """Base of the optimizers that run a rule over every element.
 
-    A subclass sets `_operator` and defines `_check_options`, `_state_names` and `_options`.
+    A subclass sets `_rule` and defines `_check_options`, `_state_names` and `_options`; where its rule has variants or
+    sums, `_variant` and `_given`.
     """
 
-    _operator: ClassVar[Operator]
+    _rule: ClassVar[Rule]
     _step_supports_amp_scaling = True
 
-    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+    def __init__(self, params: Params, defaults: dict[str, Any], common: Common) -> None:
+        unknown = set(common) - set(COMMON_DEFAULTS)
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}: unexpected argument {sorted(unknown)[0]!r}; beside its own arguments it "
+                f"takes {', '.join(COMMON_DEFAULTS)}"
+            )
+        defaults = {**defaults, **COMMON_DEFAULTS, **common}
+        self._copies: dict[Tensor, Tensor] = {}
+        self.last_grad_norm: Tensor | None = None
         self._check_group(defaults)
         super().__init__(params, defaults)
 
@@ -133,12 +301,30 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
     def _check_options(self, group: dict[str, Any]) -> None:
         """Raises for arguments of the rule that are out of range."""
 
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+    def _variant(self, group: dict[str, Any]) -> int:
+        """Which variant of the rule the group takes."""
+        return 0
+
+    def _options(self, group: dict[str, Any]) -> list[float]:
+        """The rule's numbers, in its order."""
         raise NotImplementedError
 
-    def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """The rule's arguments, in the order of the operator."""
-        raise NotImplementedError
+    def _row_length(self, group: dict[str, Any], p: Tensor) -> int:
+        """How many elements share a row, for a rule by rows: all behind the first dimension."""
+        return p.numel() // p.shape[0] if p.dim() > 1 and p.shape[0] else p.numel()
+
+    def _signed(self, group: dict[str, Any]) -> tuple[bool, ...]:
+        return self._rule.signed[self._variant(group)]
+
+    def _given(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
+        """What the rule is given: float64 of shape (parameters, numbers), and one number per row."""
+        return None, None
+
+    def _begin_step(self, calls: list[Call]) -> None:
+        """Runs before the first call of a step changes anything, with all of them."""
+
+    def _end_step(self, calls: list[Call]) -> None:
+        """Runs after the last call of a step."""
 
     # --- groups ---
 
@@ -150,16 +336,19 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         else:
             check_range(name, "lr", lr, 0)
         self._check_options(group)
-        checks.check_choice(name, "state_dtype", group["state_dtype"], ("fp32", "int8"))
-        checks.check_choice(name, "param_update", group["param_update"], ("nearest", "stochastic"))
+        checks.check_choice(name, "state_dtype", group["state_dtype"], codec.STATE_DTYPES)
+        checks.check_choice(name, "param_update", group["param_update"], PARAM_UPDATES)
+        checks.check_choice(name, "split_bits", group["split_bits"], (8, 16))
         seed = group["seed"]
         if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
             raise ValueError(f"{name}: seed must be an integer of 64 bits, got {seed!r}")
         check_range(name, "min_quantized_size", group["min_quantized_size"], 0)
+        if group["ema_decay"] is not None:
+            check_range(name, "ema_decay", group["ema_decay"], 0, 1)
         if group["differentiable"]:
             raise ValueError(
                 f"{name}: differentiable=True is not offered, the fused step has no gradient; "
-                f"use torch.optim.{name}(differentiable=True)"
+                "use an optimizer of torch.optim with differentiable=True"
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -176,64 +365,98 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                     )
             param_group["params"] = params
         super().add_param_group(param_group)
-        self._indices = {
-            p: i for i, p in enumerate(chain.from_iterable(g["params"] for g in self.param_groups))
-        }
+        self._number_params()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+        self.__dict__.setdefault("_copies", {})
+        self.__dict__.setdefault("last_grad_norm", None)
+        self._number_params()
+
+    def _number_params(self) -> None:
         self._indices = {
             p: i for i, p in enumerate(chain.from_iterable(g["params"] for g in self.param_groups))
         }
 
-    # --- states ---
+    def attach_copies(self, copies: dict[Tensor, Tensor]) -> None:
+        """Keeps narrow copies of parameters up to date: every step writes them in the same pass.
 
-    def _is_quantized(self, group: dict[str, Any], p: Tensor) -> bool:
-        return (
-            group["state_dtype"] == "int8"
-            and p.dtype in (torch.float32, torch.bfloat16, torch.float16)
-            and p.numel() >= group["min_quantized_size"]
-        )
+        Args:
+            copies: For each parameter a bfloat16, float16 or float32 tensor of its shape, on its device. They are
+                written from the next step on; an empty dict detaches all.
 
-    def _state_layout(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[torch.dtype, bool]]:
-        """The keys of a parameter's state (without `step`): dtype, and whether it has the parameter's shape."""
-        names = self._state_names(group)
-        if self._is_quantized(group, p):
-            codes = {f"{name}.codes": (torch.uint8, True) for name in names}
-            return codes | {f"{name}.scale": (torch.float32, False) for name in names}
-        narrow = p.dtype in (torch.bfloat16, torch.float16)
-        return dict.fromkeys(names, (torch.float32 if narrow else p.dtype, True))
+        Raises:
+            ValueError: A key is no parameter of this optimizer, or a copy does not fit.
+        """
+        for p, copy in copies.items():
+            if p not in self._indices:
+                raise ValueError("attach_copies: a key of copies is not a parameter of this optimizer")
+            if (
+                copy.shape != p.shape
+                or copy.device != p.device
+                or copy.dtype
+                not in (
+                    torch.bfloat16,
+                    torch.float16,
+                    torch.float32,
+                )
+            ):
+                raise ValueError(
+                    f"attach_copies: a copy of a parameter of shape {tuple(p.shape)} on {p.device} must have that shape "
+                    "and device and be bfloat16, float16 or float32, "
+                    f"got {copy.dtype} of shape {tuple(copy.shape)} on {copy.device}"
+                )
+            if p.dtype in (torch.float64, torch.complex64, torch.complex128):
+                raise ValueError(f"attach_copies: parameters of dtype {p.dtype} have no narrow copies")
+        self._copies = dict(copies)
 
-    def _new_state(self, p: Tensor, dtype: torch.dtype, shaped: bool) -> Tensor:
-        if shaped:
-            return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-        dtensor = _dtensor()
-        if dtensor is not None and isinstance(p, dtensor):
-            return _new_sharded_scale(p, dtype)
-        return torch.zeros(codec.block_count(p.numel()), dtype=dtype, device=p.device)
-
-    def _init_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
-        state = self.state[p]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        for name, (dtype, shaped) in self._state_layout(group, p).items():
-            state[name] = self._new_state(p, dtype, shaped)
-        return state
+    @contextlib.contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Within the context the parameters have the values of their moving averages (groups with `ema_decay`)."""
+        pairs = [
+            (p, self.state[p]["ema"])
+            for group in self.param_groups
+            for p in group["params"]
+            if "ema" in self.state.get(p, {})
+        ]
+        with torch.no_grad():
+            kept = [p.detach().clone() for p, _ in pairs]
+            for p, ema in pairs:
+                p.copy_(ema)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), old in zip(pairs, kept, strict=True):
+                    p.copy_(old)
 
     # --- the step ---
 
-    def _batches(self, group: dict[str, Any]) -> list[_Batch]:
+    def _uses_rows(self, variant: int) -> bool:
+        return self._rule.rows
+
+    @staticmethod
+    def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
+        return None if scalar is None else scalar.to(device, torch.float32, non_blocking=True)
+
+    def _batches(self, group: dict[str, Any], only: set[Tensor] | None = None) -> list[_Batch]:
         """The parameters that have a gradient, by what one call can take together. Runs at every step: kept lean."""
         names = self._state_names(group)
+        coded_names = codec.FORMATS[group["state_dtype"]].block_size > 0
         code_names, scale_names = [f"{name}.codes" for name in names], [f"{name}.scale" for name in names]
         get_states, get_codes, get_scales = _getter(names), _getter(code_names), _getter(scale_names)
+        by_rows = self._uses_rows(self._variant(group))
+        with_sums = self._rule.sums_of(self._variant(group)) > 0
+        ema, rest_name = group["ema_decay"] is not None, self._rest_name(group)
+        copies = self._copies
         batches: dict[Any, _Batch] = {}
         previous = None
         for p in group["params"]:
             g = p.grad
-            if g is None:
+            if g is None or (only is not None and p not in only):
                 continue
             if g.layout is not torch.strided:
                 raise RuntimeError(
@@ -241,34 +464,44 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                     "or build the layer with sparse=False"
                 )
             state = self.state[p] or self._init_state(group, p)
-            quantized = code_names[0] in state
+            coded = bool(names) and coded_names and code_names[0] in state
+            rest = rest_name is not None and rest_name in state
+            copy = copies.get(p) if copies else None
             # Whether the kernel can work on both as they are; everything else goes through _local_lists.
             plain = (
                 (type(p) is torch.nn.Parameter or type(p) is Tensor)
                 and p.is_contiguous()
                 and g.is_contiguous()
             )
-            key = (p.dtype, g.dtype, p.device, quantized, plain)
+            key = (p.dtype, g.dtype, p.device, coded, plain, rest, copy is not None and copy.dtype)
+            if by_rows or with_sums:
+                key = (*key, tensors.sharding(p))
             if key != previous:
                 batch = batches.get(key)
                 if batch is None:
                     batch = batches[key] = _Batch(plain and not p.is_complex())
-                params, grads, states, scales, steps = batch.lists
+                params, grads, states, scales, steps, rests, emas, narrow = batch.lists
                 previous = key
             params.append(p)
             grads.append(g)
             steps.append(state["step"])
-            if quantized:
+            if coded:
                 states += get_codes(state)
                 scales += get_scales(state)
             else:
                 states += get_states(state)
+            if rest:
+                rests.append(state[rest_name])
+            if ema:
+                emas.append(state["ema"])
+            if copy is not None:
+                narrow.append(copy)
         return list(batches.values())
 
     def _init_group(self, group: dict[str, Any], number: int, *lists: list[Any]) -> int:
         """Fills the lists with batch `number`; returns flags. torch.compile runs this eagerly, under this name."""
         if number == 0:
-            self._pending = self._batches(group)
+            self._pending = self._batches(group, getattr(self, "_only", None))
         if number >= len(self._pending):
             return 0
         batch = self._pending[number]
@@ -276,17 +509,8 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             target.extend(source)
         return (1 if number + 1 < len(self._pending) else 0) | (0 if batch.plain else 2)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Performs one step.
-
-        Args:
-            closure: Reevaluates the model and returns the loss.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _calls(self) -> list[Call]:
+        calls = []
         for group in self.param_groups:
             number, flags = 0, 1
             while flags & 1:
@@ -295,196 +519,71 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                 states: list[Tensor] = []
                 scales: list[Tensor] = []
                 steps: list[Tensor] = []
-                flags = self._init_group(group, number, params, grads, states, scales, steps)
+                rests: list[Tensor] = []
+                emas: list[Tensor] = []
+                copies: list[Tensor] = []
+                flags = self._init_group(
+                    group, number, params, grads, states, scales, steps, rests, emas, copies
+                )
                 if params:
-                    self._update(group, flags < 2, params, grads, states, scales, steps)
+                    lists = [params, grads, states, scales, steps, rests, emas, copies]
+                    calls.append(Call(self, group, flags < 2, lists))
                 number += 1
+        return calls
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        max_grad_norm: float | Tensor | None = None,
+        zero_grad: bool = False,
+    ) -> Any:
+        """Performs one step.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+            max_grad_norm: Clip the gradients by their global norm, as ``torch.nn.utils.clip_grad_norm_`` does but
+                without changing them: the factor is applied inside the step. The norm is left in `last_grad_norm`,
+                on the device. When it is not finite nothing is changed at all.
+            zero_grad: Set the gradients to zero in the same pass.
+
+        Returns:
+            What `closure` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if max_grad_norm is not None and not isinstance(max_grad_norm, Tensor):
+            check_range(type(self).__name__, "max_grad_norm", max_grad_norm, 0)
+        calls = self._calls()
+        if max_grad_norm is not None and calls:
+            self._clip(calls, max_grad_norm)
+        self._begin_step(calls)
+        for call in calls:
+            given, rows = self._given(call)
+            call.step(given, rows, zero_grad)
+        self._end_step(calls)
         return loss
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        plain: bool,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[Tensor],
-        scales: list[Tensor],
-        steps: list[Tensor],
-    ) -> None:
-        whole, device = params, params[0].device
-        stochastic = group["param_update"] == "stochastic" and params[0].dtype is torch.bfloat16
-        indices = [self._indices[p] for p in params] if stochastic else []
-        first_elements = [_first_element(p) for p in params] if stochastic else []
-        written_back: list[tuple[Tensor, Tensor]] = []
-        if not plain:
-            params, grads, states, scales, written_back = self._local_lists(params, grads, states, scales)
-        if grads[0].dtype not in (params[0].dtype, torch.float32, torch.bfloat16) or (
-            params[0].dtype is torch.float64 and grads[0].dtype is not torch.float64
-        ):
-            grads = [g.to(params[0].dtype) for g in grads]
-
-        lr: float | Tensor = group["lr"]
-        lr_tensor = None
-        if isinstance(lr, Tensor):
-            dtype = lr.dtype if lr.dtype in (torch.float32, torch.float64) else torch.float32
-            lr_tensor = lr.to(device, dtype, non_blocking=True)
-            lr = 0.0
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if grad_scale is not None:
-            grad_scale = grad_scale.to(device, torch.float32, non_blocking=True)
-        if found_inf is not None:
-            found_inf = found_inf.to(device, torch.float32, non_blocking=True)
-        self._operator(
-            *(params, grads, states, scales, steps, lr_tensor, lr, *self._options(group)),
-            *(group["maximize"], stochastic, group["seed"], indices, first_elements, grad_scale, found_inf),
-        )
-        for target, value in written_back:
-            target.copy_(value)
-        if not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version(whole)
-
-    def _local_lists(
-        self, params: list[Tensor], grads: list[Tensor], states: list[Tensor], scales: list[Tensor]
-    ) -> tuple[Any, ...]:
-        """This process's shards, as real numbers in dense tensors of one layout; and what to copy back afterwards."""
-        written_back = []
-        per_param = len(states) // len(params)
-        local_params, local_grads, local_states, local_scales = [], [], [], []
-        for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-            original = _local(p)
-            p = original if _is_dense(original) else original.contiguous()
-            if p is not original:
-                written_back.append((original, p))
-            local_params.append(p)
-            local_grads.append(_like(_local(g), p))
-            for state in states[i * per_param : (i + 1) * per_param]:
-                original = _local(state)
-                state = _like(original, p)
-                if state is not original:
-                    written_back.append((original, state))
-                local_states.append(state)
-            for scale in scales[i * per_param : (i + 1) * per_param]:
-                local_scales.append(_local(scale)[: codec.block_count(p.numel())])
-        return local_params, local_grads, local_states, local_scales, written_back
-
-    # --- checkpoints ---
-
-    @torch._disable_dynamo
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this class, or with fp32 states of its counterpart in ``torch.optim``.
-
-        Everything is checked first: a state dict that does not fit raises a ValueError and changes nothing.
-        """
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = pre_hook(self, state_dict)
-            if replaced is not None:
-                state_dict = replaced
-        groups, params = self._checked_groups(state_dict)
-        state: dict[Any, dict[str, Any]] = {}
-        for group in groups:
-            for p in group["params"]:
-                saved = params.get(p)
-                if saved:
-                    state[p] = self._loaded_state(group, p, saved)
-        self.__setstate__({"state": self._defaultdict(state), "param_groups": groups})
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def _defaultdict(self, state: dict[Any, dict[str, Any]]) -> Any:
-        fresh = type(self.state)(dict)
-        fresh.update(state)
-        return fresh
-
-    def _refuse(self, reason: str) -> ValueError:
-        return ValueError(f"{type(self).__name__}.load_state_dict: {reason}; nothing was loaded")
-
-    def _checked_groups(
-        self, state_dict: dict[str, Any]
-    ) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
-        """The groups to use from now on, and the saved state of each parameter."""
-        if not isinstance(state_dict.get("state"), dict) or not isinstance(
-            state_dict.get("param_groups"), list
-        ):
-            raise self._refuse("a state dict has the keys 'state' and 'param_groups'")
-        saved_groups = state_dict["param_groups"]
-        sizes = [len(group["params"]) for group in self.param_groups]
-        saved_sizes = [len(group.get("params", ())) for group in saved_groups]
-        if sizes != saved_sizes:
-            raise self._refuse(f"its groups have {saved_sizes} parameters, this optimizer's have {sizes}")
-
-        groups, params = [], {}
-        states = dict(state_dict["state"])
-        for number, (group, saved_group) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            missing = [key for key in ("lr", *self._hyperparameters()) if key not in saved_group]
-            if missing:
-                raise self._refuse(f"group {number} has no {missing[0]}: it is of another optimizer")
-            for option in STORAGE_OPTIONS:
-                if saved_group.get(option, group[option]) != group[option]:
-                    raise self._refuse(
-                        f"group {number} was saved with {option}={saved_group[option]!r}, "
-                        f"this optimizer has {group[option]!r}"
-                    )
-            merged = {key: value for key, value in group.items() if key != "params"}
-            merged |= deepcopy({key: value for key, value in saved_group.items() if key != "params"})
-            try:
-                self._check_group(merged)
-            except ValueError as error:
-                raise self._refuse(str(error)) from error
-            groups.append({"params": group["params"], **merged})
-            for p, identifier in zip(group["params"], saved_group["params"], strict=True):
-                params[p] = states.pop(identifier, {})
-                if params[p]:
-                    self._check_state(groups[-1], p, identifier, params[p])
-        if states:
-            raise self._refuse(f"it has states of unknown parameters: {sorted(states, key=str)[:5]}")
-        return groups, params
-
-    def _hyperparameters(self) -> list[str]:
-        """Arguments that every state dict of this kind of optimizer has, whoever wrote it."""
-        ours = {
-            "foreach",
-            "fused",
-            "capturable",
-            "differentiable",
-            "maximize",
-            "param_update",
-            "seed",
-            *STORAGE_OPTIONS,
-        }
-        return [name for name in self.defaults if name not in ours]
-
-    def _check_state(self, group: dict[str, Any], p: Tensor, identifier: Any, saved: dict[str, Any]) -> None:
-        where = f"the state of parameter {identifier}"
-        layout = self._state_layout(group, p)
-        expected, found = {"step", *layout}, set(saved)
-        if expected != found:
-            raise self._refuse(
-                f"{where} has the keys {sorted(found)}, expected {sorted(expected)} "
-                f"for state_dtype={group['state_dtype']!r}"
-            )
-        step = saved["step"]
-        step = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
-        if not isinstance(step, (int, float)) or not 0 <= step <= 2**24 or step != int(step):
-            raise self._refuse(f"{where}: step must be a whole number, got {step!r}")
-        for name, (dtype, shaped) in layout.items():
-            value = saved[name]
-            if not isinstance(value, Tensor):
-                raise self._refuse(f"{where}: {name} must be a tensor, got {type(value).__name__}")
-            shape = p.shape if shaped else self._new_state(p, dtype, shaped).shape
-            if value.shape != shape:
-                raise self._refuse(f"{where}: {name} has shape {tuple(value.shape)}, expected {tuple(shape)}")
-            same_kind = value.dtype == dtype if dtype is torch.uint8 else _kind(value) == _kind(p)
-            if not same_kind:
-                raise self._refuse(f"{where}: {name} has dtype {value.dtype}, expected {dtype}")
-
-    def _loaded_state(self, group: dict[str, Any], p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
-        step = torch.as_tensor(saved["step"]).detach().reshape(())
-        state = {"step": step.to(device=p.device, dtype=torch.float32, copy=True)}
-        for name, (dtype, shaped) in self._state_layout(group, p).items():
-            state[name] = self._new_state(p, dtype, shaped).copy_(saved[name])
-        return state
-
-
-def _kind(x: Tensor) -> str:
-    return "complex" if x.is_complex() else "floating" if x.is_floating_point() else "other"
+    def _clip(self, calls: list[Call], max_grad_norm: float | Tensor) -> None:
+        """Gives every call the factor that brings the norm of all gradients down to `max_grad_norm`."""
+        device = calls[0].device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for call in calls:
+            norms = squared_norms(call.grads, call.grad_scale)
+            if any(tensors.is_dtensor(p) for p in call.whole):
+                norms = torch.stack(
+                    [tensors.sum_over_shards(norm, p) for norm, p in zip(norms, call.whole, strict=True)]
+                )
+            total += norms.sum().to(device)
+        norm = total.sqrt()
+        self.last_grad_norm = norm.float()
+        factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0).float()
+        skip = (~norm.isfinite()).float()
+        factor = torch.where(norm.isfinite(), factor, 1.0)
+        for call in calls:
+            call.clip = factor.to(call.device)
+            own = skip.to(call.device)
+            call.found_inf = own if call.found_inf is None else torch.maximum(own, call.found_inf)
