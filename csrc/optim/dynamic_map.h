@@ -29,8 +29,8 @@ struct DynamicMap {
     // Where a number lies: the bucket in the high bits, how far into it in the low ones.
     static NG_HOST_DEVICE uint32_t place(float x) {
         const uint32_t bits = bit_cast<uint32_t>(x);
-        int32_t magnitude =
-            static_cast<int32_t>(bits & 0x7fffffffu);  // signed comparisons are the cheap ones
+        // Signed comparisons are the cheap ones; they also make negative numbers 0 in the unsigned map.
+        int32_t magnitude = static_cast<int32_t>(Signed ? bits & 0x7fffffffu : bits);
         magnitude = magnitude < static_cast<int32_t>(first) ? static_cast<int32_t>(first) : magnitude;
         magnitude = magnitude > static_cast<int32_t>(last) ? static_cast<int32_t>(last) : magnitude;
         const uint32_t negative = Signed ? 0u - (bits >> 31) : 0u;

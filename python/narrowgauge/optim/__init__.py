@@ -1,5 +1,18 @@
 """Optimizers: one fused kernel over all parameters, with narrow states and parameters."""
 
 from narrowgauge.optim.adamw import AdamW
+from narrowgauge.optim.codec import decode_state, encode_state
+from narrowgauge.optim.convert import import_bitsandbytes_state, import_torchao_state
+from narrowgauge.optim.master import bf16_stochastic_round, join_master, kahan_add, split_master
 
-__all__ = ["AdamW"]
+__all__ = [
+    "AdamW",
+    "bf16_stochastic_round",
+    "decode_state",
+    "encode_state",
+    "import_bitsandbytes_state",
+    "import_torchao_state",
+    "join_master",
+    "kahan_add",
+    "split_master",
+]
