@@ -48,8 +48,8 @@ def _samples(make: SampleMaker) -> Iterator[Sample]:
                 make(*p.shape, dtype=wide).square() for _ in range(1 + amsgrad)
             ]
             if int8:
-                encoded = [codec.encode_state(value, signed=k == 0) for k, value in enumerate(values)]
-                states += [codes for codes, _ in encoded]
+                encoded = [codec.encode(value.flatten(), "int8", k == 0) for k, value in enumerate(values)]
+                states += [codes.view(p.shape) for codes, _ in encoded]
                 scales += [scale for _, scale in encoded]
             else:
                 states += values

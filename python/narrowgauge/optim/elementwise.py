@@ -12,6 +12,7 @@ from torch import Tensor
 from narrowgauge.ops import Operator, Sample, SampleMaker, library, operator
 from narrowgauge.ops.random import philox_words
 from narrowgauge.optim import codec
+from narrowgauge.optim.master import round_stochastic
 
 _MASK = (1 << 64) - 1
 
@@ -70,13 +71,6 @@ def stream_seed(seed: int, index: int) -> int:
     return z - (1 << 64) if z >> 63 else z
 
 
-def _stochastic_bfloat16(x: Tensor, words: Tensor) -> Tensor:
-    bits = x.view(torch.int32)
-    up = (words >> 16) < (bits & 0xFFFF)
-    rounded = ((bits >> 16) + up).to(torch.int16).view(torch.bfloat16)
-    return torch.where(x.isfinite(), rounded, x.to(torch.bfloat16))
-
-
 def _reference(rule: Rule) -> Callable[..., None]:
     def step(
         params: list[Tensor],
@@ -112,7 +106,7 @@ def _reference(rule: Rule) -> Callable[..., None]:
             kept_scales = scales[i * count : (i + 1) * count]
             if scales:
                 values = [
-                    codec.flat(codec.decode_state(codes, scale, signed=signed))
+                    codec.decode(codec.flat(codes), scale, "int8", signed, p.numel())
                     for codes, scale, signed in zip(kept, kept_scales, rule.signed, strict=False)
                 ]
             else:
@@ -123,11 +117,11 @@ def _reference(rule: Rule) -> Callable[..., None]:
             if stochastic:
                 key = torch.tensor(stream_seed(seed, indices[i]), device=device)
                 words = philox_words(torch.stack((key, new_steps[i].long())), p.numel(), first_elements[i])
-                new_p = _stochastic_bfloat16(new_p, words)
+                new_p = round_stochastic(new_p, words >> 16)
             write(p, new_p.to(p.dtype))
             if scales:
                 for codes, scale, value, signed in zip(kept, kept_scales, values, rule.signed, strict=False):
-                    new_codes, new_scale = codec.encode_state(value, signed=signed)
+                    new_codes, new_scale = codec.encode(value, "int8", signed)
                     write(codec.flat(codes), new_codes)
                     write(scale, new_scale)
             else:
