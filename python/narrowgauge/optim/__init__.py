@@ -1,15 +1,20 @@
 """Optimizers: one fused kernel over all parameters, with narrow states and parameters."""
 
 from narrowgauge.optim.adamw import Adam, AdamW
-from narrowgauge.optim.codec import decode_state, encode_state
-from narrowgauge.optim.master import bf16_stochastic_round, join_master, split_master
+from narrowgauge.optim.codec import bytes_per_element, decode_state, encode_state
+from narrowgauge.optim.convert import import_bitsandbytes_state, import_torchao_state
+from narrowgauge.optim.master import bf16_stochastic_round, join_master, kahan_add, split_master
 
 __all__ = [
     "Adam",
     "AdamW",
     "bf16_stochastic_round",
+    "bytes_per_element",
     "decode_state",
     "encode_state",
+    "import_bitsandbytes_state",
+    "import_torchao_state",
     "join_master",
+    "kahan_add",
     "split_master",
 ]

@@ -1,8 +1,8 @@
 """How optimizer states are stored in fewer bytes: the formats, and the functions that define them.
 
-A state is cut into blocks of consecutive elements. Every element becomes a code of 8 or 4 bits, and every block keeps a
-scale. Elements are consecutive in memory, whatever the strides. `encode` and `decode` are the definition; the kernels in
-csrc/optim/state_codec* give the same bits, except for the powers of ``"fp8_expanded"``.
+A state is cut into blocks of consecutive elements. Every element becomes a code of 8 or 4 bits, and every block keeps
+a scale. Elements are consecutive in memory, whatever the strides. `encode` and `decode` are the definition; the kernels
+in csrc/optim/state_codec* give the same bits, except for the powers of ``"fp8_expanded"``.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def encode(x: Tensor, state_dtype: str, signed: bool, block_size: int | None = N
     largest = blocks.abs().amax(1)
     codes, scale = _ENCODE[state_dtype](signed, blocks, largest)
     # A NaN or an infinity, or a scale beyond the range of its dtype: all of the block decodes to NaN.
-    finite = largest.isfinite() & scale.view(len(blocks), -1).isfinite().all(1)
+    finite = largest.isfinite() & scale.view(-1, record.scale_columns).isfinite().all(1)
     codes = torch.where(finite[:, None], codes, 0).to(record.codes_dtype(signed)).flatten()[: x.numel()]
     if record.codes_per_byte == 2:
         high, low = torch.nn.functional.pad(codes, (0, x.numel() % 2)).view(-1, 2).unbind(1)
@@ -385,9 +385,10 @@ def encode_state(
             ``"int8_companded"``. Other sizes run in PyTorch.
 
     Returns:
-        ``{"value": ...}`` for ``"fp32"`` and ``"bf16"``. Otherwise ``"codes"``, shaped and laid out like `x` (``"int4"``:
-        one dimension of uint8, two codes per byte, the first in the high half), and ``"scale"``, one number per block
-        (``"fp8_expanded"``: three, the columns scale, exponent and center; ``"int8_companded"``: float16).
+        ``{"value": ...}`` for ``"fp32"`` and ``"bf16"``. Otherwise ``"codes"``, shaped and laid out like `x`
+        (``"int4"``: one dimension of uint8, two codes per byte, the first in the high half), and ``"scale"``, one
+        number per block (``"fp8_expanded"``: three, the columns scale, exponent and center; ``"int8_companded"``:
+        float16).
 
     Raises:
         TypeError: `x` is not a floating-point tensor.

@@ -14,7 +14,7 @@ _LARGEST = {torch.int8: 127, torch.int16: 32767}
 
 
 def round_stochastic(x: Tensor, random16: Tensor) -> Tensor:
-    """float32 to bfloat16: the magnitude goes up where the 16-bit number is below the dropped half; NaN and Inf pass."""
+    """float32 to bfloat16: up in magnitude where the 16-bit number is below the dropped half; NaN and Inf pass."""
     bits = x.view(torch.int32)
     up = random16 < (bits & 0xFFFF)
     rounded = ((bits >> 16) + up).to(torch.int16).view(torch.bfloat16)
@@ -62,7 +62,7 @@ def _half_gap(narrow: Tensor) -> Tensor:
 
 @torch.no_grad()
 def split_master(p: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """Cuts float32 numbers into bfloat16 ones and what they lack, in one or two more bytes (FlashOptim, arXiv 2602.23349).
+    """Cuts float32 numbers into bfloat16 and one or two more bytes of what it lacks (FlashOptim, arXiv 2602.23349).
 
     With h half the gap between `narrow` and the next bfloat16, and L = 127 or 32767:
 
