@@ -9,62 +9,12 @@
 
 #include "common/device.h"
 #include "common/philox.h"
-#include "optim/dynamic_map.h"
 #include "optim/elementwise.h"
+#include "optim/state_codec.cuh"
 
 namespace narrowgauge {
 
 constexpr int elementwise_threads = 256;
-
-#if defined(__CUDACC__)
-#define NG_DEVICE_TABLE static __device__ constexpr
-#else
-#define NG_DEVICE_TABLE static constexpr
-#endif
-NG_DEVICE_TABLE DynamicMap<true> device_map_signed = make_dynamic_map<true>();
-NG_DEVICE_TABLE DynamicMap<false> device_map_unsigned = make_dynamic_map<false>();
-#undef NG_DEVICE_TABLE
-
-// The bytes that the arena hands out for `count` elements.
-template <class T>
-constexpr int taken(int count) {
-    return (count * static_cast<int>(sizeof(T)) + 15) / 16 * 16;
-}
-
-// Both maps in shared memory, where lanes can look up different entries at once; nothing when states are not
-// codes.
-template <bool Quantized>
-struct SharedMaps {
-    static constexpr int bytes = 0;
-    __device__ explicit SharedMaps(SharedArena&) {}
-};
-
-template <>
-struct SharedMaps<true> {
-    static constexpr int bytes = 2 * taken<float>(256) + taken<uint32_t>(DynamicMap<true>::buckets) +
-                                 taken<uint32_t>(DynamicMap<false>::buckets);
-
-    Shared<float> signed_values, unsigned_values;
-    Shared<uint32_t> signed_lookup, unsigned_lookup;
-
-    __device__ explicit SharedMaps(SharedArena& arena)
-        : signed_values(arena.take<float>(256)),
-          unsigned_values(arena.take<float>(256)),
-          signed_lookup(arena.take<uint32_t>(DynamicMap<true>::buckets)),
-          unsigned_lookup(arena.take<uint32_t>(DynamicMap<false>::buckets)) {}
-
-    __device__ void fill() {
-        for (int i = threadIdx.x; i < 256; i += blockDim.x) signed_values[i] = device_map_signed.values[i];
-        for (int i = threadIdx.x; i < 256; i += blockDim.x)
-            unsigned_values[i] = device_map_unsigned.values[i];
-        for (int i = threadIdx.x; i < DynamicMap<true>::buckets; i += blockDim.x) {
-            signed_lookup[i] = device_map_signed.lookup[i];
-        }
-        for (int i = threadIdx.x; i < DynamicMap<false>::buckets; i += blockDim.x) {
-            unsigned_lookup[i] = device_map_unsigned.lookup[i];
-        }
-    }
-};
 
 // Elements [i, i + n) as the type of computation; `whole` when all N are there and aligned.
 template <int N, class From, class T>
