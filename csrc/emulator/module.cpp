@@ -19,8 +19,8 @@ constexpr int kDTypes = static_cast<int>(DType::boolean) + 1;
 
 // NumPy has no bfloat16 and no float8; those travel as integers of their size.
 py::dtype carrier(DType dtype) {
-    constexpr const char* names[] = {"float32", "float64", "uint16", "uint16", "int8", "uint8",
-                                     "int64",   "int32",   "uint8",  "uint8",  "bool"};
+    constexpr const char* names[] = {"float32", "float64", "uint16", "uint16", "int8",  "uint8",
+                                     "int64",   "int32",   "uint8",  "uint8",  "int16", "bool"};
     return py::dtype(names[static_cast<int>(dtype)]);
 }
 

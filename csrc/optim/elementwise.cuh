@@ -90,8 +90,8 @@ __device__ __forceinline__ void load_any(DType type, const void* from, const cha
 }
 
 template <int N, class T>
-__device__ __forceinline__ void store_any(DType type, void* to, const char* name, int64_t i, int n, bool whole,
-                                          const T (&from)[N]) {
+__device__ __forceinline__ void store_any(DType type, void* to, const char* name, int64_t i, int n,
+                                          bool whole, const T (&from)[N]) {
     if constexpr (std::is_same_v<T, double>) {
         store_elements<N>(global<double>(to, name), i, n, whole, from);
     } else if (type == DType::float32) {
@@ -132,8 +132,9 @@ __device__ __forceinline__ void load_rows(const ElementwiseTensor& tensor, int64
 
 template <class T>
 __device__ __forceinline__ T load_grad_factor(const ElementwiseArgs& args, T& divisor) {
-    divisor = args.grad_scale ? static_cast<T>(static_cast<float>(global<const float>(args.grad_scale, "grad_scale")[0]))
-                              : T(1);
+    divisor = args.grad_scale
+                  ? static_cast<T>(static_cast<float>(global<const float>(args.grad_scale, "grad_scale")[0]))
+                  : T(1);
     const T clip =
         args.clip ? static_cast<T>(static_cast<float>(global<const float>(args.clip, "clip")[0])) : T(1);
     return args.maximize ? -clip : clip;
@@ -194,7 +195,9 @@ __device__ __forceinline__ void apply_rule(T (&p)[N], const T (&g)[N], T (&state
 
 // Blocks per multiprocessor: what 64 registers a thread allow, fewer where a thread holds more.
 template <int States, bool General>
-constexpr int elementwise_occupancy = General ? 2 : States > 2 ? 3 : 4;
+constexpr int elementwise_occupancy = General      ? 2
+                                      : States > 2 ? 3
+                                                   : 4;
 
 // One chunk where the parameter is Param and its states are stored as they are computed.
 template <class Rule, class Param, class T>
@@ -205,7 +208,8 @@ __device__ __forceinline__ void update_plain(const ElementwiseArgs& args, const 
     T divisor;
     const T factor = load_grad_factor(args, divisor);
     const auto param = global<Param>(tensor.param, "param");
-    uintptr_t addresses = reinterpret_cast<uintptr_t>(tensor.param) | reinterpret_cast<uintptr_t>(tensor.grad);
+    uintptr_t addresses =
+        reinterpret_cast<uintptr_t>(tensor.param) | reinterpret_cast<uintptr_t>(tensor.grad);
     for (int k = 0; k < Rule::states; ++k) addresses |= reinterpret_cast<uintptr_t>(tensor.states[k]);
     const bool aligned = addresses % 16 == 0;
 
@@ -238,7 +242,8 @@ __device__ __forceinline__ void update_plain(const ElementwiseArgs& args, const 
         }
         if constexpr (std::is_same_v<Param, bf16>) {
             if (args.update == ParamUpdate::stochastic)
-                round_stochastic(p, Philox{tensor.seed, step}, static_cast<uint64_t>(tensor.first_element + i));
+                round_stochastic(p, Philox{tensor.seed, step},
+                                 static_cast<uint64_t>(tensor.first_element + i));
         }
         store_elements<width>(param, i, n, whole, p);
     }
@@ -254,14 +259,16 @@ __device__ __forceinline__ void store_param(const ElementwiseArgs& args, const E
         for (int j = 0; j < N; ++j) {
             if (j >= n) continue;
             if (half) {
-                const auto param = global<f16>(tensor.param, "param"), rest = global<f16>(tensor.rest, "rest");
+                const auto param = global<f16>(tensor.param, "param"),
+                           rest = global<f16>(tensor.rest, "rest");
                 f16 value = param[i + j], left = rest[i + j];
                 kahan_add(value, left, p[j] - to_float(value));
                 param[i + j] = value;
                 rest[i + j] = left;
                 p[j] = to_float(value);
             } else {
-                const auto param = global<bf16>(tensor.param, "param"), rest = global<bf16>(tensor.rest, "rest");
+                const auto param = global<bf16>(tensor.param, "param"),
+                           rest = global<bf16>(tensor.rest, "rest");
                 bf16 value = param[i + j], left = rest[i + j];
                 kahan_add(value, left, p[j] - to_float(value));
                 param[i + j] = value;
@@ -301,14 +308,16 @@ __device__ __forceinline__ void store_param(const ElementwiseArgs& args, const E
 // One chunk however things are stored.
 template <class Rule, class T>
 __device__ __forceinline__ void update_general(const ElementwiseArgs& args, const ElementwiseTensor& tensor,
-                                               const typename Rule::template Scalars<T>& scalars, uint32_t step,
-                                               [[maybe_unused]] const SharedMaps& maps, int64_t begin, int64_t end) {
+                                               const typename Rule::template Scalars<T>& scalars,
+                                               uint32_t step, [[maybe_unused]] const SharedMaps<true>& maps,
+                                               int64_t begin, int64_t end) {
     constexpr bool narrow = std::is_same_v<T, float>;
     constexpr int width = narrow ? 8 : 2;
     T divisor;
     const T factor = load_grad_factor(args, divisor);
-    uintptr_t addresses = reinterpret_cast<uintptr_t>(tensor.param) | reinterpret_cast<uintptr_t>(tensor.grad) |
-                          reinterpret_cast<uintptr_t>(tensor.ema) | reinterpret_cast<uintptr_t>(tensor.copy);
+    uintptr_t addresses = reinterpret_cast<uintptr_t>(tensor.param) |
+                          reinterpret_cast<uintptr_t>(tensor.grad) | reinterpret_cast<uintptr_t>(tensor.ema) |
+                          reinterpret_cast<uintptr_t>(tensor.copy);
     for (int k = 0; k < Rule::states; ++k) addresses |= reinterpret_cast<uintptr_t>(tensor.states[k]);
     const bool aligned = addresses % 16 == 0;
 
@@ -324,10 +333,11 @@ __device__ __forceinline__ void update_general(const ElementwiseArgs& args, cons
                 for (int j = 0; j < width; ++j) {
                     if (j >= n) continue;
                     const bool byte = args.rest_type == DType::int8;
-                    const int left = byte ? static_cast<int>(
-                                                static_cast<int8_t>(global<const int8_t>(tensor.rest, "rest")[i + j]))
-                                          : static_cast<int>(static_cast<int16_t>(
-                                                global<const int16_t>(tensor.rest, "rest")[i + j]));
+                    const int left =
+                        byte ? static_cast<int>(
+                                   static_cast<int8_t>(global<const int8_t>(tensor.rest, "rest")[i + j]))
+                             : static_cast<int>(
+                                   static_cast<int16_t>(global<const int16_t>(tensor.rest, "rest")[i + j]));
                     p[j] = join_master(bf16{static_cast<uint16_t>(bit_cast<uint32_t>(p[j]) >> 16)}, left,
                                        byte ? 8 : 16);
                 }
@@ -339,8 +349,8 @@ __device__ __forceinline__ void update_general(const ElementwiseArgs& args, cons
         for (int k = 0; k < Rule::states; ++k) {
             if constexpr (narrow) {
                 if (coded) {
-                    decode_state(args.format, Rule::is_signed(k), maps, tensor.states[k], tensor.scales[k], i, n,
-                                 whole, states[k]);
+                    decode_state(args.format, Rule::is_signed(k), tensor.states[k], tensor.scales[k], i, n,
+                                 whole, maps, states[k]);
                     continue;
                 }
             }
@@ -363,8 +373,8 @@ __device__ __forceinline__ void update_general(const ElementwiseArgs& args, cons
                     round_stochastic(states[k], random, static_cast<uint64_t>(tensor.first_element + i));
                 }
                 if (coded) {
-                    encode_state(args.format, Rule::is_signed(k), maps, tensor.states[k], tensor.scales[k], i, n,
-                                 whole, states[k]);
+                    encode_state(args.format, Rule::is_signed(k), tensor.states[k], tensor.scales[k], i, n,
+                                 whole, maps, states[k]);
                     continue;
                 }
             }
@@ -421,8 +431,8 @@ __global__ void __launch_bounds__(elementwise_threads, elementwise_occupancy<Rul
         }
     };
     if constexpr (General) {
-        SharedMaps maps(arena);
-        if (args.format == StateFormat::int8) maps.fill();  // seen by all after the barriers of the first parameter
+        SharedMaps<true> maps(arena);
+        if (has_codes(args.format)) maps.fill();  // seen by all after the barriers of the first parameter
         each_chunk([&](const ElementwiseTensor& tensor, uint32_t step, int64_t begin, int64_t end) {
             update_general<Rule, T>(args, tensor, scalars, step, maps, begin, end);
         });
@@ -450,7 +460,7 @@ void launch_update(const ElementwiseLaunch& table, Stream stream) {
     LaunchConfig config{};
     config.grid = dim3(static_cast<unsigned>(table.args.chunks < resident ? table.args.chunks : resident));
     config.block = dim3(elementwise_threads);
-    config.shared_bytes = taken<Scalars>(1) + (General ? SharedMaps::bytes : 0);
+    config.shared_bytes = taken<Scalars>(1) + (General ? SharedMaps<true>::bytes : 0);
     config.stream = stream;
     launch(config, elementwise_kernel<Rule, Param, General>, table);
 }
@@ -476,14 +486,21 @@ void launch_step(const ElementwiseLaunch& table, Stream stream) {
 
 // --- sums ----------------------------------------------------------------------------------------
 
+__device__ __forceinline__ float decode_signed_element(StateFormat format, bool is_signed, const void* codes,
+                                                       const void* scales, int64_t i,
+                                                       const SharedMaps<true>& maps) {
+    return is_signed ? decode_element<true>(format, codes, scales, i, maps)
+                     : decode_element<false>(format, codes, scales, i, maps);
+}
+
 // A warp adds up one piece of a row.
 template <class Rule, class T>
 __global__ void __launch_bounds__(elementwise_threads, 4)
     sum_pieces_kernel(const __grid_constant__ ElementwiseLaunch launch) {
     const ElementwiseArgs& args = launch.args;
     SharedArena arena;
-    [[maybe_unused]] const SharedMaps maps(arena);
-    if (args.format == StateFormat::int8) maps.fill();
+    [[maybe_unused]] SharedMaps<true> maps(arena);
+    if (has_codes(args.format)) maps.fill();
     __syncthreads();
 
     T divisor;
@@ -534,8 +551,8 @@ __global__ void __launch_bounds__(elementwise_threads, 4)
                 if (!(Rule::sum_reads & state_bit(k))) continue;
                 if constexpr (std::is_same_v<T, float>) {
                     if (args.format != StateFormat::fp32) {
-                        state[k] = decode_element(args.format, Rule::is_signed(k), maps, tensor.states[k],
-                                                  tensor.scales[k], i);
+                        state[k] = decode_signed_element(args.format, Rule::is_signed(k), tensor.states[k],
+                                                         tensor.scales[k], i, maps);
                         continue;
                     }
                 }
@@ -584,17 +601,19 @@ void launch_sums_of(const ElementwiseLaunch& table, Stream stream) {
     config.block = dim3(elementwise_threads);
     config.stream = stream;
     if (table.args.chunks > 0) {
-        const int64_t needed = (table.args.chunks * warp_threads + elementwise_threads - 1) / elementwise_threads;
+        const int64_t needed =
+            (table.args.chunks * warp_threads + elementwise_threads - 1) / elementwise_threads;
         const int64_t resident = int64_t{multiprocessor_count()} * 4;
         config.grid = dim3(static_cast<unsigned>(needed < resident ? needed : resident));
-        config.shared_bytes = SharedMaps::bytes;
+        config.shared_bytes = SharedMaps<true>::bytes;
         launch(config, sum_pieces_kernel<Rule, T>, table);
     }
     int64_t rows = 1;
     for (int64_t i = 0; i < table.args.count; ++i)
         rows = rows_of(table.tensors[i]) > rows ? rows_of(table.tensors[i]) : rows;
     const int64_t blocks = (rows * warp_threads + elementwise_threads - 1) / elementwise_threads;
-    config.grid = dim3(static_cast<unsigned>(table.args.count), static_cast<unsigned>(blocks < 64 ? blocks : 64));
+    config.grid =
+        dim3(static_cast<unsigned>(table.args.count), static_cast<unsigned>(blocks < 64 ? blocks : 64));
     config.shared_bytes = 0;
     launch(config, add_pieces_kernel<T>, table, Rule::sums);
 }
@@ -620,14 +639,14 @@ void with_variant(int variant, const F& function) {
 }  // namespace narrowgauge
 
 // The launches of a rule; the build writes one line of this for every file in rules/.
-#define NG_RULE_CUDA(rule)                                                                                     \
-    namespace narrowgauge {                                                                                    \
-    void launch_##rule(int variant, const ElementwiseLaunch& table, Stream stream) {                           \
-        with_variant<rule::Rule, rule::variants>(                                                              \
-            variant, [&](auto chosen) { launch_step<decltype(chosen)>(table, stream); });                      \
-    }                                                                                                          \
-    void launch_##rule##_sums(int variant, const ElementwiseLaunch& table, Stream stream) {                    \
-        with_variant<rule::Rule, rule::variants>(                                                              \
-            variant, [&](auto chosen) { launch_sums<decltype(chosen)>(table, stream); });                      \
-    }                                                                                                          \
+#define NG_RULE_CUDA(rule)                                                                  \
+    namespace narrowgauge {                                                                 \
+    void launch_##rule(int variant, const ElementwiseLaunch& table, Stream stream) {        \
+        with_variant<rule::Rule, rule::variants>(                                           \
+            variant, [&](auto chosen) { launch_step<decltype(chosen)>(table, stream); });   \
+    }                                                                                       \
+    void launch_##rule##_sums(int variant, const ElementwiseLaunch& table, Stream stream) { \
+        with_variant<rule::Rule, rule::variants>(                                           \
+            variant, [&](auto chosen) { launch_sums<decltype(chosen)>(table, stream); });   \
+    }                                                                                       \
     }

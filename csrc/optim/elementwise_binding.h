@@ -12,7 +12,11 @@
 
 namespace narrowgauge {
 
-constexpr int64_t step_chunk = NARROWGAUGE_CPU ? cpu_chunk : cuda_chunk;
+#if NARROWGAUGE_CPU
+constexpr int64_t step_chunk = cpu_chunk;
+#else
+constexpr int64_t step_chunk = cuda_chunk;
+#endif
 
 // What the binding must know of a variant of a rule.
 struct RuleShape {
@@ -101,15 +105,16 @@ inline std::vector<ElementwiseTensor> collect(const RuleShape& rule, const Eleme
     const size_t count = lists.params.size(), states = static_cast<size_t>(rule.states);
     NG_CHECK(lists.grads.size() == count && lists.steps.size() == count,
              "params, grads and steps must be equally long");
-    NG_CHECK(lists.states.size() == count * states, "states must hold ", rule.states, " tensors per parameter");
+    NG_CHECK(lists.states.size() == count * states, "states must hold ", rule.states,
+             " tensors per parameter");
     NG_CHECK(lists.scales.empty() || lists.scales.size() == lists.states.size(),
              "scales must be empty or as long as states");
     NG_CHECK(lists.options.size() == static_cast<size_t>(rule.options), "options must hold ", rule.options,
              " numbers, got ", lists.options.size());
     NG_CHECK(lists.row_lengths.empty() || lists.row_lengths.size() == count,
              "row_lengths must be empty or one per parameter");
-    NG_CHECK(lists.state_format >= 0 && lists.state_format < state_formats,
-             "unknown state_format ", lists.state_format);
+    NG_CHECK(lists.state_format >= 0 && lists.state_format < state_formats, "unknown state_format ",
+             lists.state_format);
     const Tensor& first = lists.params[0];
     std::copy(lists.options.begin(), lists.options.end(), args.options);
     args.lr = lists.lr;
@@ -141,7 +146,8 @@ inline std::vector<ElementwiseTensor> collect(const RuleShape& rule, const Eleme
                  "given must be a contiguous float64 tensor with one row per parameter");
         given_count = lists.given->size(1);
     }
-    NG_CHECK(!lists.given || given_count >= rule.given, "given must have at least ", rule.given, " columns, got ", given_count);
+    NG_CHECK(!lists.given || given_count >= rule.given, "given must have at least ", rule.given,
+             " columns, got ", given_count);
 
     std::vector<ElementwiseTensor> tensors(count);
     for (size_t i = 0; i < count; ++i) {
@@ -162,8 +168,8 @@ inline std::vector<ElementwiseTensor> collect(const RuleShape& rule, const Eleme
         tensor.row_length = tensor.numel;
         if (!lists.row_lengths.empty()) {
             tensor.row_length = lists.row_lengths[i];
-            NG_CHECK(tensor.row_length >= 0 && (tensor.row_length > 0 ? tensor.numel % tensor.row_length == 0
-                                                                      : tensor.numel == 0),
+            NG_CHECK(tensor.row_length >= 0 &&
+                         (tensor.row_length > 0 ? tensor.numel % tensor.row_length == 0 : tensor.numel == 0),
                      "row_lengths[", i, "] must divide the elements of its parameter");
             NG_CHECK(param.is_contiguous(), "params[", i, "] must be contiguous to have rows");
         }
@@ -186,11 +192,11 @@ inline std::vector<ElementwiseTensor> collect(const RuleShape& rule, const Eleme
             tensor.states[k] = data(state);
             if (!scaled) continue;
             const Tensor& scale = lists.scales[i * states + k];
-            NG_CHECK(dtype(scale) == state_scale_type(args.format) && same_device(scale, first) &&
-                         scale.is_contiguous() &&
-                         scale.numel() == state_scale_numel(args.format, tensor.numel),
-                     "scales[", i * states + k, "] must hold ", state_scale_columns(args.format), " ",
-                     name_of(state_scale_type(args.format)), " per ", state_block_size(args.format), " elements");
+            NG_CHECK(
+                dtype(scale) == state_scale_type(args.format) && same_device(scale, first) &&
+                    scale.is_contiguous() && scale.numel() == state_scale_numel(args.format, tensor.numel),
+                "scales[", i * states + k, "] must hold ", state_scale_columns(args.format), " ",
+                name_of(state_scale_type(args.format)), " per ", state_block_size(args.format), " elements");
             tensor.scales[k] = data(scale);
         }
     }
@@ -199,8 +205,9 @@ inline std::vector<ElementwiseTensor> collect(const RuleShape& rule, const Eleme
 }
 
 // Adds what a step has beside the lists.
-inline void collect_extras(const RuleShape& rule, const ElementwiseLists& lists, const ElementwiseExtras& extras,
-                           ElementwiseArgs& args, std::vector<ElementwiseTensor>& tensors) {
+inline void collect_extras(const RuleShape& rule, const ElementwiseLists& lists,
+                           const ElementwiseExtras& extras, ElementwiseArgs& args,
+                           std::vector<ElementwiseTensor>& tensors) {
     const size_t count = tensors.size();
     const Tensor& first = lists.params[0];
     NG_CHECK(extras.param_update >= 0 && extras.param_update <= static_cast<int>(ParamUpdate::split),
@@ -222,7 +229,8 @@ inline void collect_extras(const RuleShape& rule, const ElementwiseLists& lists,
              "this param_update is for bfloat16 params, got ", name_of(args.param_type));
     NG_CHECK(!stochastic || (extras.indices.size() == count && extras.first_elements.size() == count),
              "stochastic rounding needs one index and one first element per parameter");
-    NG_CHECK(rests != extras.rests.empty(), "rests are there for param_update kahan and split, and only then");
+    NG_CHECK(rests != extras.rests.empty(),
+             "rests are there for param_update kahan and split, and only then");
     if (rests) args.rest_type = dtype(extras.rests[0]);
     NG_CHECK(!rests || (args.update == ParamUpdate::kahan
                             ? args.rest_type == args.param_type
@@ -236,11 +244,11 @@ inline void collect_extras(const RuleShape& rule, const ElementwiseLists& lists,
     int64_t rows = 0;
     if (rule.rows) {
         for (const auto& tensor : tensors) rows += rows_of(tensor);
-        NG_CHECK(extras.rows && same_device(*extras.rows, first) && extras.rows->is_contiguous() &&
-                     extras.rows->numel() == rows &&
-                     dtype(*extras.rows) ==
-                         (args.param_type == DType::float64 ? DType::float64 : DType::float32),
-                 "rows must hold one number per row, in the type of computation");
+        NG_CHECK(
+            extras.rows && same_device(*extras.rows, first) && extras.rows->is_contiguous() &&
+                extras.rows->numel() == rows &&
+                dtype(*extras.rows) == (args.param_type == DType::float64 ? DType::float64 : DType::float32),
+            "rows must hold one number per row, in the type of computation");
     }
     int64_t row = 0;
     for (size_t i = 0; i < count; ++i) {
@@ -248,8 +256,9 @@ inline void collect_extras(const RuleShape& rule, const ElementwiseLists& lists,
         const Tensor& param = lists.params[i];
         const auto extra = [&](const std::vector<Tensor>& list, DType type, const char* name) -> void* {
             if (list.empty()) return nullptr;
-            NG_CHECK(dtype(list[i]) == type && same_device(list[i], first) && same_layout(list[i], param), name,
-                     "[", i, "] must be ", name_of(type), ", on the device and in the layout of its parameter");
+            NG_CHECK(dtype(list[i]) == type && same_device(list[i], first) && same_layout(list[i], param),
+                     name, "[", i, "] must be ", name_of(type),
+                     ", on the device and in the layout of its parameter");
             return data(list[i]);
         };
         tensor.rest = extra(extras.rests, args.rest_type, "rests");
@@ -260,7 +269,8 @@ inline void collect_extras(const RuleShape& rule, const ElementwiseLists& lists,
             row += rows_of(tensor);
         }
         if (stochastic) {
-            tensor.seed = stream_seed(static_cast<uint64_t>(extras.seed), static_cast<uint64_t>(extras.indices[i]));
+            tensor.seed =
+                stream_seed(static_cast<uint64_t>(extras.seed), static_cast<uint64_t>(extras.indices[i]));
             tensor.first_element = extras.first_elements[i];
         }
     }
@@ -320,7 +330,8 @@ using ElementwiseKernel = void (*)(int, const ElementwiseLaunch&, Stream);
 
 // Parts of the list that fit into the parameters of a launch each.
 template <class F>
-void for_launches(const ElementwiseArgs& args, const std::vector<ElementwiseTensor>& tensors, const F& function) {
+void for_launches(const ElementwiseArgs& args, const std::vector<ElementwiseTensor>& tensors,
+                  const F& function) {
     auto table = std::make_unique<ElementwiseLaunch>();
     int64_t before = 0;
     for (size_t begin = 0; begin < tensors.size(); begin += static_cast<size_t>(table->args.count)) {

@@ -1,8 +1,9 @@
 // What every update rule needs, and what it may have.
 //
 // A rule is one file in rules/: the namespace named after it holds `variants`, `options` (how many numbers
-// the step takes) and `Rule<variant>`, the arithmetic of one element, shared by the CPU and the CUDA skeleton. adamw.h is the example, adamp.h the one
-// with a reduction. Python's record (narrowgauge/optim/elementwise.py) says the same in PyTorch.
+// the step takes) and `Rule<variant>`, the arithmetic of one element, shared by the CPU and the CUDA
+// skeleton. adamw.h is the example, adamp.h the one with a reduction. Python's record
+// (narrowgauge/optim/elementwise.py) says the same in PyTorch.
 //
 //   states                     how many numbers it keeps per element
 //   is_signed(k)               whether state k takes negative values, which its 8-bit map must know
@@ -28,7 +29,7 @@
 NG_NAMESPACE_BEGIN
 
 constexpr unsigned param_bit = 1, grad_bit = 2;
-constexpr unsigned state_bit(int k) { return 4u << k; }
+NG_HOST_DEVICE constexpr unsigned state_bit(int k) { return 4u << k; }
 
 struct RuleDefaults {
     static constexpr int states = 0, sums = 0, given = 0;

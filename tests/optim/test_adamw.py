@@ -118,7 +118,23 @@ def call(
     indices, firsts = (list(range(count)), [0] * count) if stochastic else ([], [])
     counters = [torch.tensor(step) for step in steps]
     return (
-        *(params, grads, states, [], counters, [], [], [], None, None, None, 1e-2, [0.9, 0.999, 1e-2, 1e-8], 0, 0),
+        *(
+            params,
+            grads,
+            states,
+            [],
+            counters,
+            [],
+            [],
+            [],
+            None,
+            None,
+            None,
+            1e-2,
+            [0.9, 0.999, 1e-2, 1e-8],
+            0,
+            0,
+        ),
         *(int(stochastic), False, False, 0.0, [], 0, indices, firsts, None, None, None),
     )
 
@@ -131,7 +147,9 @@ def test_many_parameters_with_their_own_steps(run: Any) -> None:
     args = call(
         params, [torch.randn(size) for size in sizes], steps=[float(i % 5) for i in range(len(sizes))]
     )
-    for actual, expected in zip(run(adamw_rule.step, *args), run_reference(adamw_rule.step, *args), strict=True):
+    for actual, expected in zip(
+        run(adamw_rule.step, *args), run_reference(adamw_rule.step, *args), strict=True
+    ):
         assert_same_bits(actual, expected)
 
 
@@ -167,7 +185,10 @@ def test_stochastic_rounding_is_unbiased(run: Any) -> None:
     """The mean over many elements is the float32 result; nearest rounding would not move at all."""
     p, g = torch.ones(100_000, dtype=torch.bfloat16), torch.ones(100_000, dtype=torch.bfloat16)
     args = list(call([p], [g], steps=[0.0], stochastic=True))
-    args[11], args[12] = 2.0**-11, [0.9, 0.999, 0.0, 1e-8]  # an eighth of the distance to the next bfloat16 below 1
+    args[11], args[12] = (
+        2.0**-11,
+        [0.9, 0.999, 0.0, 1e-8],
+    )  # an eighth of the distance to the next bfloat16 below 1
     moved = 1 - run(adamw_rule.step, *args)[0].double()
     assert set(moved.unique().tolist()) == {0.0, 2.0**-8}
     deviation = 2.0**-8 * (1 / 8 * 7 / 8 / 100_000) ** 0.5

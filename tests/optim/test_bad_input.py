@@ -24,7 +24,10 @@ BAD_ARGUMENTS = [
     ({"eps": -1e-8}, "eps must be"),
     ({"weight_decay": -1}, "weight_decay must be"),
     ({"state_dtype": "int7"}, "state_dtype must be one of 'fp32', 'bf16', 'int8', .*; got 'int7'"),
-    ({"param_update": "random"}, "param_update must be one of 'nearest', 'stochastic', 'kahan', 'split'; got 'random'"),
+    (
+        {"param_update": "random"},
+        "param_update must be one of 'nearest', 'stochastic', 'kahan', 'split'; got 'random'",
+    ),
     ({"seed": 0.5}, "seed must be an integer"),
     ({"min_quantized_size": -1}, "min_quantized_size must be"),
     ({"differentiable": True}, "use an optimizer of torch.optim"),
@@ -116,7 +119,10 @@ BAD_CALLS = [
     ({"emas": [torch.zeros(4, 4).double()]}, r"emas\[0\] must be float32"),
     ({"emas": [torch.zeros(4, 4)] * 2}, "emas must be empty or one per parameter"),
     ({"copies": [torch.zeros(4, 4).double()]}, "copies must be bfloat16, float16 or float32"),
-    ({"given": torch.zeros(2, 1).double()}, "given must be a contiguous float64 tensor with one row per parameter"),
+    (
+        {"given": torch.zeros(2, 1).double()},
+        "given must be a contiguous float64 tensor with one row per parameter",
+    ),
     ({"lr_tensor": torch.zeros(2)}, "lr_tensor must have one element"),
     ({"grad_scale": torch.zeros((), dtype=torch.int32)}, "grad_scale must be float32, got int32"),
     ({"found_inf": torch.zeros(3)}, "found_inf must have one element"),
