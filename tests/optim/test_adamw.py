@@ -87,25 +87,6 @@ def test_replays_torch(case: str, tolerance: float, backend: str) -> None:
                     )
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_replays_torchao(backend: str) -> None:
-    recorded = np.load(GOLDEN / "torchao_lowbit/adamw8bit.npz")
-    meta = json.loads(str(recorded["meta"]))
-    p = nn.Parameter(torch.tensor(recorded["param0_0"]))
-    with ng.backend(backend):
-        optimizer = ng.optim.AdamW([p], **meta["hyperparameters"], state_dtype="int8")
-        for step in range(1, meta["steps"] + 1):
-            p.grad = torch.tensor(recorded[f"grad0_step{step}"])
-            optimizer.step()
-            np.testing.assert_allclose(p.detach().numpy(), recorded[f"param0_step{step}"], rtol=0, atol=4e-7)
-            for name in ("exp_avg", "exp_avg_sq"):
-                codes, scale = optimizer.state[p][f"{name}.codes"], optimizer.state[p][f"{name}.scale"]
-                np.testing.assert_array_equal(codes.numpy(), recorded[f"state0_{name}_codes_step{step}"])
-                np.testing.assert_allclose(
-                    scale.numpy(), recorded[f"state0_{name}_scale_step{step}"], rtol=2e-7
-                )
-
-
 # --- the bits -----------------------------------------------------------------------------------------------
 
 

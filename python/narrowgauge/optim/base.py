@@ -473,7 +473,15 @@ class ElementwiseOptimizer(Checkpoints):
                 and p.is_contiguous()
                 and g.is_contiguous()
             )
-            key = (p.dtype, g.dtype, p.device, coded, plain, rest, copy is not None and copy.dtype)
+            key: tuple[Any, ...] = (
+                p.dtype,
+                g.dtype,
+                p.device,
+                coded,
+                plain,
+                rest,
+                copy is not None and copy.dtype,
+            )
             if by_rows or with_sums:
                 key = (*key, tensors.sharding(p))
             if key != previous:
@@ -490,7 +498,7 @@ class ElementwiseOptimizer(Checkpoints):
                 scales += get_scales(state)
             else:
                 states += get_states(state)
-            if rest:
+            if rest_name is not None and rest:
                 rests.append(state[rest_name])
             if ema:
                 emas.append(state["ema"])

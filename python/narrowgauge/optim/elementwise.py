@@ -242,7 +242,7 @@ def _declare_step(rule: Rule) -> Operator:
         first_row = 0
         for i, param in enumerate(params):
             old, g = call.param(i, rests, how == "split"), call.grad(i)
-            extra = ()
+            extra: tuple[Tensor, ...] = ()
             if rule.rows:
                 assert rows is not None
                 count = row_count(param, row_lengths[i])
