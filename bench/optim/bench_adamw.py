@@ -1,4 +1,4 @@
-"""AdamW and Adam steps: 16 million parameters in 16 and in 1,000 tensors, and tiny tensors where only the call costs."""
+"""AdamW and Adam: 16 million parameters in 16 and in 1,000 tensors, and tiny tensors where only the call costs."""
 
 from __future__ import annotations
 

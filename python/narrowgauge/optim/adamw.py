@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019) and Adam (Kingma and Ba, ICLR 2015)."""
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101) and Adam (Kingma and Ba, arXiv 1412.6980)."""
 
 from __future__ import annotations
 

@@ -405,8 +405,8 @@ class ElementwiseOptimizer(Checkpoints):
                 )
             ):
                 raise ValueError(
-                    f"attach_copies: a copy of a parameter of shape {tuple(p.shape)} on {p.device} must have that shape "
-                    "and device and be bfloat16, float16 or float32, "
+                    f"attach_copies: the copy of a parameter of shape {tuple(p.shape)} on {p.device} must have that "
+                    "shape and device and be bfloat16, float16 or float32, "
                     f"got {copy.dtype} of shape {tuple(copy.shape)} on {copy.device}"
                 )
             if p.dtype in (torch.float64, torch.complex64, torch.complex128):

@@ -111,9 +111,9 @@ class Checkpoints(torch.optim.Optimizer):
     # --- checkpoints ---
 
     def dequantized_state_dict(self) -> dict[str, Any]:
-        """A state dict with every coded state decoded to float32, as the same optimizer with ``state_dtype="fp32"`` has.
+        """A state dict with every coded state decoded, as the same optimizer has it with ``state_dtype="fp32"``.
 
-        Of sharded parameters each process decodes its own shard; such a dict is not for ``torch.distributed.checkpoint``.
+        Of sharded parameters each process decodes its shard; such a dict is not for ``torch.distributed.checkpoint``.
         """
         result = self.state_dict()
         states = {identifier: dict(state) for identifier, state in result["state"].items()}
