@@ -52,9 +52,7 @@ __global__ void __launch_bounds__(kThreads) state_decode_kernel(StateDecode args
         if (!aligned) {
 #pragma unroll 1
             for (int j = 0; j < n; ++j) {
-                to[i + j] = args.is_signed
-                                ? decode_element<true>(args.format, args.codes, args.scales, i + j, maps)
-                                : decode_element<false>(args.format, args.codes, args.scales, i + j, maps);
+                to[i + j] = decode_element(args.format, args.is_signed, args.codes, args.scales, i + j, maps);
             }
             continue;
         }

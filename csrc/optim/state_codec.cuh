@@ -337,5 +337,10 @@ __device__ __forceinline__ float decode_element(StateFormat format, const void* 
     });
     return value;
 }
+__device__ __forceinline__ float decode_element(StateFormat format, bool is_signed, const void* codes,
+                                                const void* scales, int64_t i, const SharedMaps<true>& maps) {
+    return is_signed ? decode_element<true>(format, codes, scales, i, maps)
+                     : decode_element<false>(format, codes, scales, i, maps);
+}
 
 }  // namespace narrowgauge

@@ -82,8 +82,8 @@ def test_stores_the_codes_of_torchao(path: Any) -> None:
     p = recorded["param0_0"]
     for step in range(1, meta["steps"] + 1):
         g = recorded[f"grad0_step{step}"]
-        if "l2" in path.stem:
-            g = g + hyperparameters["weight_decay"] * p
+        if "AdamW" not in meta["source"]:  # Adam's weight decay is added to the gradient
+            g = g + hyperparameters.get("weight_decay", 0) * p
         moments = [
             before[0] + (1 - beta1) * (g - before[0]),
             before[1] + (1 - beta2) * (g * g - before[1]),
@@ -274,11 +274,12 @@ def test_a_scale_beyond_float16_is_not_stored_as_a_number() -> None:
 
 
 def expanded_in_float64(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Exponents and codes of groups of 128, straight from the formulas."""
-    groups = x.double().view(-1, 128).abs()
+    """Exponents and codes of groups of 128, straight from the formulas; the range is rounded to float32."""
+    groups = x.view(-1, 128).abs()
     high = groups.amax(1) + 1e-30
     low = torch.where(groups == 0, torch.inf, groups).amin(1) + 1e-30
-    steps = 16 * torch.log2(torch.tensor(448.0**2 / 2).double()) / (high / low).log2()
+    steps = 16 * torch.log2(torch.tensor(448.0**2 / 2).double()) / (high / low).double().log2()
+    groups, high, low = groups.double(), high.double(), low.double()
     k = (steps.floor().clamp(1, 256) / 16)[:, None]
     center = (high.sqrt() * low.sqrt())[:, None]
     scale = (high[:, None] / center) ** k / 448
@@ -289,6 +290,7 @@ def expanded_in_float64(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("run", all_backends())
 def test_expanded_codes_are_those_of_float64(run: Any) -> None:
+    torch.manual_seed(0)
     groups = 800
     spread = torch.linspace(0.001, 12, groups)[:, None]
     x = (torch.randn(groups, 128).sign() * (spread * torch.randn(groups, 128)).exp() * 1e-4).flatten()
@@ -297,9 +299,7 @@ def test_expanded_codes_are_those_of_float64(run: Any) -> None:
     exponents, expected = expanded_in_float64(x)
     assert torch.equal(scales[:, 1], exponents)
     assert_within_one_code(codes, expected)
-    assert (
-        codes != expected
-    ).sum() <= 2  # of 102400: one on 1e5 is allowed, and float32 scales are not exact
+    assert (codes != expected).sum() <= 1  # of 102400
     values = decoded(run, codes, scales, "fp8_expanded", True, [len(x)])
     scale, exponent, center = scales.double().repeat_interleave(128, 0).unbind(1)
     y = codes.view(torch.float8_e4m3fn).double() * scale

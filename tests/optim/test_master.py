@@ -80,9 +80,9 @@ def test_the_joined_number_is_near_and_stays(bits: int) -> None:
     joined = join_master(narrow, rest)
     step = spacing(narrow) / 2 / {8: 127, 16: 32767}[bits]
     assert ((joined.double() - p.double()).abs() <= step / 2 + spacing(p)).all()
-    # Without an update nothing drifts, except for the rounding of the last sum.
+    # Without an update nothing drifts, but for one step where a power of two has another grid on its other side.
     again = join_master(*split_master(joined, bits))
-    assert ((again.double() - joined.double()).abs() <= spacing(p)).all()
+    assert ((again.double() - joined.double()).abs() <= step + spacing(p)).all()
     assert torch.equal(join_master(*split_master(again, bits)), again)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowgauge.ops import Sample, SampleMaker, checks, library, operator
+from narrowgauge.ops import Sample, SampleMaker, checks, library, operator, system
 from narrowgauge.ops.operator import FLOATING
 
 BLOCK_SIZE = 256
@@ -458,3 +458,25 @@ def decode_state(
     else:
         values = decode(flat(codes), scale, state_dtype, signed, numel, block_size)
     return values.view(shape) if record.codes_per_byte == 2 else values.as_strided(shape, codes.stride())
+
+
+system(
+    "state_formats",
+    title="Narrow states and parameters",
+    source="arXiv 2110.02861, 2410.19313, 2602.23349",
+    page="optim/state_formats.md",
+    functions=(
+        "optim.encode_state",
+        "optim.decode_state",
+        "optim.split_master",
+        "optim.join_master",
+        "optim.kahan_add",
+        "optim.bf16_stochastic_round",
+        "optim.import_bitsandbytes_state",
+        "optim.import_torchao_state",
+    ),
+    operators=("state_encode", "state_decode"),
+    golden=("bnb8bit", "torchao_lowbit", "coat_fp8", "flashoptim", "bf16_stochastic_rounding"),
+    bench=("state_encode", "state_decode"),
+    reasons={"module": "functions: the optimizers take the format by name"},
+)
