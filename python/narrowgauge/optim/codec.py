@@ -272,14 +272,11 @@ def _samples(make: SampleMaker, formats: tuple[str, ...]) -> Iterator[tuple[Tens
     for name in formats:
         for signed in (True, False):
             kind = f"{name}, {'signed' if signed else 'unsigned'}"
-            for size, why in (
-                ((0,), "empty"),
-                ((), "a scalar"),
-                ((7, 9), "shorter than a block"),
-                ((255,), "one short of a block"),
-                ((1023,), "an odd number of elements"),
-                ((5, 257), "longer than some blocks"),
-            ):
+            shapes: list[tuple[tuple[int, ...], str]] = [((1023,), "an odd number of elements")]
+            if signed:
+                shapes += [((0,), "empty"), ((), "a scalar"), ((255,), "one short of a block")]
+                shapes += [((5, 257), "longer than some blocks")]
+            for size, why in shapes:
                 x = make(*size)
                 yield x if signed else x.square(), name, signed, f"{kind}: {why}"
             x = make(16, 64)
