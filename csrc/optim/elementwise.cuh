@@ -486,13 +486,6 @@ void launch_step(const ElementwiseLaunch& table, Stream stream) {
 
 // --- sums ----------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float decode_signed_element(StateFormat format, bool is_signed, const void* codes,
-                                                       const void* scales, int64_t i,
-                                                       const SharedMaps<true>& maps) {
-    return is_signed ? decode_element<true>(format, codes, scales, i, maps)
-                     : decode_element<false>(format, codes, scales, i, maps);
-}
-
 // A warp adds up one piece of a row.
 template <class Rule, class T>
 __global__ void __launch_bounds__(elementwise_threads, 4)
@@ -551,7 +544,7 @@ __global__ void __launch_bounds__(elementwise_threads, 4)
                 if (!(Rule::sum_reads & state_bit(k))) continue;
                 if constexpr (std::is_same_v<T, float>) {
                     if (args.format != StateFormat::fp32) {
-                        state[k] = decode_signed_element(args.format, Rule::is_signed(k), tensor.states[k],
+                        state[k] = decode_element(args.format, Rule::is_signed(k), tensor.states[k],
                                                          tensor.scales[k], i, maps);
                         continue;
                     }
