@@ -24,12 +24,12 @@ def muon_case(detail: str, shapes: list[tuple[int, ...]] | None) -> Case:
     def build(setting: Setting) -> Contest:
         def step(optimizer: Callable[..., torch.optim.Optimizer]) -> Callable[[], object]:
             chosen = transformer(setting.device) if shapes is None else shapes
-            return optimizer(parameters(setting, chosen, torch.float32), lr=0.02).step
+            return optimizer(parameters(setting, chosen, torch.float32), lr=0.02, weight_decay=0.1).step
 
         def pytorch_optimizer() -> Callable[[], object]:
             from pytorch_optimizer import Muon
 
-            return step(lambda params, lr: Muon([{"params": params, "use_muon": True}], lr=lr))
+            return step(lambda params, **options: Muon([{"params": params, "use_muon": True}], **options))
 
         contest = Contest({OURS: step(ng.optim.Muon)})
         contest.add("torch", lambda: step(torch.optim.Muon))

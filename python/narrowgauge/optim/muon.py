@@ -17,14 +17,13 @@ from narrowgauge.optim.base import Params, _dtensor, check_range
 from narrowgauge.optim.matrix import MatrixOptimizer, check_betas, check_count, check_flag, wide_dtype
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-Tensors = tuple[Tensor, ...] | list[Tensor]
 Coefficients = tuple[float, float, float] | Sequence[tuple[float, float, float]]
 
 # Defaults of groups with use_muon=False: those of the Adam in the authors' code.
 ADAMW_DEFAULTS = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0}
 
 # A batch of matrices holds at most so many elements: it bounds the memory of a step.
-BATCH_ELEMENTS = 1 << 26
+BATCH_ELEMENTS = 1 << 24
 
 
 def _triples(function: str, name: str, coefficients: Any) -> list[tuple[float, float, float]]:
@@ -285,36 +284,32 @@ class Muon(MatrixOptimizer):
     def _step_batch(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Updates parameters of one shape together."""
         p, momentum = params[0], group["momentum"]
-        skipped = getattr(self, "found_inf", None)
-        if skipped is not None:
-            skipped = skipped.to(p.device, non_blocking=True).reshape(()) != 0
-        buffers = [_local(self.state[q]["momentum_buffer"]) for q in params]
-        gradients = [self._wide_gradient(group, q, _local(q.grad)) for q in params]
-        averages: Tensors = buffers
-        if skipped is None:
-            torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        else:
-            averages = torch._foreach_lerp(buffers, gradients, 1 - momentum)
-            for buffer, average in zip(buffers, averages, strict=True):
-                buffer.copy_(torch.where(skipped, buffer, average))
-        directions = torch._foreach_lerp(gradients, averages, momentum) if group["nesterov"] else averages
+        gradients = self._wide_gradient(group, p, torch.stack(_locals([q.grad for q in params])))
+        buffers = _locals([self.state[q]["momentum_buffer"] for q in params])
+        before = torch.stack(buffers)
+        averages = kept = before.lerp(gradients, 1 - momentum)
+        directions = gradients.lerp(averages, momentum) if group["nesterov"] else averages
 
         lr, weight_decay = group["lr"], group["weight_decay"]
         if isinstance(lr, Tensor):
             lr = lr.to(p.device, wide_dtype(p), non_blocking=True).reshape(())
         decay, rate = 1 - lr * weight_decay, lr * self._factor(group, p)
-        updates = self._orthogonalised(group, p, directions) * rate
-        if skipped is not None:
+        updates = self._orthogonalised(group, p, directions).mul_(rate)
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            skipped = found_inf.to(p.device, non_blocking=True).reshape(()) != 0
             one = torch.ones((), dtype=updates.dtype, device=p.device)
             decay, updates = torch.where(skipped, one, decay), torch.where(skipped, 0.0, updates)
+            kept = torch.where(skipped, before, averages)
+        torch._foreach_copy_(buffers, kept.unbind())
 
-        targets = [_local(q) for q in params]
-        values = [target.to(updates.dtype) for target in targets]  # themselves, unless they are narrow
+        targets = _locals(params)
+        values = targets if p.dtype is updates.dtype else [target.to(updates.dtype) for target in targets]
         torch._foreach_mul_(values, decay)
-        torch._foreach_sub_(values, list(updates))
-        if values[0] is not targets[0]:
+        torch._foreach_sub_(values, updates.unbind())
+        if values is not targets:
             torch._foreach_copy_(targets, values)
-        if targets[0] is not p and not torch.compiler.is_compiling():
+        if targets is not params and not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(params)
 
     def _matrix_shape(self, group: dict[str, Any], p: Tensor) -> tuple[int, int]:
@@ -329,33 +324,33 @@ class Muon(MatrixOptimizer):
             rows, columns = p.shape[-2:]
         return math.sqrt(max(1, rows / columns))
 
-    def _orthogonalised(self, group: dict[str, Any], p: Tensor, directions: Tensors) -> Tensor:
+    def _orthogonalised(self, group: dict[str, Any], p: Tensor, directions: Tensor) -> Tensor:
         """The orthogonalised directions of parameters like `p`: this process's shards, stacked."""
         matrix_shape = self._matrix_shape(group, p)
         gather = _cuts_matrices(p, matrix_shape)
         if gather:
-            # What the products round to anyway is half the traffic.
-            directions = [_whole(direction.to(group["ns_dtype"]), p) for direction in directions]
-        stacked = torch.stack(directions)
+            directions = _whole(directions.to(group["ns_dtype"]), p)  # half the traffic; rounded to it anyway
         orthogonal = newton_schulz(
-            stacked.reshape(-1, *matrix_shape),
+            directions.reshape(-1, *matrix_shape),
             group["ns_steps"],
             group["ns_dtype"],
             coefficients=group["ns_coefficients"],
             eps=group["eps"],
             eps_mode=group["eps_mode"],
-        ).reshape(stacked.shape)
+        ).reshape(directions.shape)
         if gather:
-            orthogonal = torch.stack([_shard(matrix, p) for matrix in orthogonal])
-        return orthogonal.to(wide_dtype(p))
+            orthogonal = _shards(orthogonal, p)
+        return orthogonal.to(wide_dtype(p), memory_format=torch.contiguous_format)
 
 
 # --- sharded parameters ---
 
 
-def _local(x: Any) -> Tensor:
+def _locals(tensors: list[Any]) -> list[Tensor]:
+    """This process's shards; the list itself if nothing is sharded."""
     dtensor = _dtensor()
-    return x.to_local() if dtensor is not None and isinstance(x, dtensor) else x
+    sharded = dtensor is not None and isinstance(tensors[0], dtensor)
+    return [x.to_local() for x in tensors] if sharded else tensors
 
 
 def _cuts_matrices(p: Any, matrix_shape: tuple[int, int]) -> bool:
@@ -369,26 +364,31 @@ def _cuts_matrices(p: Any, matrix_shape: tuple[int, int]) -> bool:
     )
 
 
-def _whole(x: Tensor, p: Any) -> Tensor:
-    """The tensor whose shard, cut like `p`, this process has."""
+def _stacked(p: Any) -> list[Any]:
+    """Where the dimensions of parameters like `p` are when they are stacked."""
+    from torch.distributed.tensor import Shard
+
+    return [Shard(place.dim + 1) if type(place) is Shard else place for place in p.placements]
+
+
+def _whole(stacked: Tensor, p: Any) -> Tensor:
+    """The whole of tensors whose shards, cut like `p`, this process has."""
+    shape = torch.Size((len(stacked), *p.shape))
+    stride = torch.empty(shape, device="meta").stride()
     return (
         _dtensor()
-        .from_local(x, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+        .from_local(stacked, p.device_mesh, _stacked(p), run_check=False, shape=shape, stride=stride)
         .full_tensor()
     )
 
 
-def _shard(x: Tensor, p: Any) -> Tensor:
-    """This process's shard of a tensor that all have, cut like `p`; nothing is sent."""
+def _shards(stacked: Tensor, p: Any) -> Tensor:
+    """This process's shards of tensors that all have, cut like `p`; nothing is sent."""
     from torch.distributed.tensor import Replicate
 
     everywhere = [Replicate()] * p.device_mesh.ndim
-    return (
-        _dtensor()
-        .from_local(x, p.device_mesh, everywhere, run_check=False)
-        .redistribute(placements=p.placements)
-        .to_local()
-    )
+    whole = _dtensor().from_local(stacked, p.device_mesh, everywhere, run_check=False)
+    return whole.redistribute(placements=_stacked(p)).to_local()
 
 
 # --- groups of a model ---
