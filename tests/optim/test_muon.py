@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import narrowgauge as ng
+from narrowgauge.optim import matrix, newton_schulz
 from narrowgauge.optim import muon as muon_module
-from narrowgauge.optim import newton_schulz
 
 DEFAULT = (3.4445, -4.7750, 2.0315)
 CONVERGENT = (15 / 8, -10 / 8, 3 / 8)  # fixes 1 to third order
@@ -228,7 +228,7 @@ def test_small_batches_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> N
     shapes = [(12, 20)] * 5 + [(20, 12)] * 2
     whole, cut = parameters(*shapes, dtype=torch.float64), parameters(*shapes, dtype=torch.float64)
     train(whole, ng.optim.Muon(whole, **EXACT), 2)
-    monkeypatch.setattr(muon_module, "BATCH_ELEMENTS", 2 * 12 * 20)
+    monkeypatch.setattr(matrix, "BATCH_ELEMENTS", 2 * 12 * 20)
     calls = []
     monkeypatch.setattr(
         muon_module,

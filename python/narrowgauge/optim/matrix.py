@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from narrowgauge.ops.operator import FLOATING
-from narrowgauge.optim.base import Params, check_range
+from narrowgauge.optim.base import Params, _dtensor, check_range
+
+# A batch holds at most so many elements, or one parameter: it bounds the memory of a step.
+BATCH_ELEMENTS = 1 << 24
 
 
 def wide_dtype(p: Tensor) -> torch.dtype:
@@ -39,9 +42,73 @@ def check_count(function: str, name: str, value: Any, low: int = 1, below: float
         raise ValueError(f"{function}: {name} must be a whole number, got {value!r}")
 
 
-def unfold(x: Tensor, dim: int) -> Tensor:
-    """A tensor as the matrix whose rows are the slices along one dimension."""
-    return x.movedim(dim, 0).reshape(x.shape[dim], -1)
+def learning_rate(group: dict[str, Any], p: Tensor) -> float | Tensor:
+    """The learning rate, on the parameter's device if it is a tensor."""
+    lr: float | Tensor = group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.to(p.device, wide_dtype(p), non_blocking=True).reshape(())
+    return lr
+
+
+# --- modes: the first dimension of x counts tensors, the others are their modes ---
+
+
+def gram(x: Tensor, mode: int) -> Tensor:
+    """The products of the slices along one mode with each other, one matrix per tensor."""
+    slices = x.movedim(mode + 1, 1).reshape(len(x), x.shape[mode + 1], -1)
+    return slices @ slices.mT
+
+
+def mode_product(x: Tensor, matrices: Tensor, mode: int) -> Tensor:
+    """Takes the vectors along one mode to their products with the columns of the tensor's matrix."""
+    moved = x.movedim(mode + 1, -1)
+    return (
+        (moved.reshape(len(x), -1, x.shape[mode + 1]) @ matrices).reshape(moved.shape).movedim(-1, mode + 1)
+    )
+
+
+# --- sharded parameters ---
+
+
+def locals_of(tensors: list[Any]) -> list[Tensor]:
+    """This process's shards; the list itself if nothing is sharded."""
+    dtensor = _dtensor()
+    sharded = dtensor is not None and isinstance(tensors[0], dtensor)
+    return [x.to_local() for x in tensors] if sharded else tensors
+
+
+def _stacked_placements(p: Any) -> list[Any]:
+    """Where the dimensions of parameters like `p` are when they are stacked."""
+    from torch.distributed.tensor import Shard
+
+    return [Shard(place.dim + 1) if type(place) is Shard else place for place in p.placements]
+
+
+def _is_sharded(p: Any) -> bool:
+    dtensor = _dtensor()
+    return dtensor is not None and isinstance(p, dtensor)
+
+
+def whole(stacked: Tensor, p: Any) -> Tensor:
+    """The whole of tensors whose shards, cut like `p`, this process has."""
+    if not _is_sharded(p):
+        return stacked
+    shape = torch.Size((len(stacked), *p.shape))
+    stride = torch.empty(shape, device="meta").stride()
+    placed = _stacked_placements(p)
+    x = _dtensor().from_local(stacked, p.device_mesh, placed, run_check=False, shape=shape, stride=stride)
+    return x.full_tensor()
+
+
+def shards(stacked: Tensor, p: Any) -> Tensor:
+    """This process's shards of tensors that all have, cut like `p`; nothing is sent."""
+    if not _is_sharded(p):
+        return stacked
+    from torch.distributed.tensor import Replicate
+
+    everywhere = [Replicate()] * p.device_mesh.ndim
+    x = _dtensor().from_local(stacked, p.device_mesh, everywhere, run_check=False)
+    return x.redistribute(placements=_stacked_placements(p)).to_local()
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -144,6 +211,25 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     state[name] = self._new_state(p, name, shape)
         return params
 
+    def _batches(self, group: dict[str, Any]) -> Iterator[list[Tensor]]:
+        """The parameters to update, by what one batch can take together."""
+        batches: dict[Any, list[Tensor]] = {}
+        for p in self._with_gradient(group):
+            if p.numel():
+                step = self.state[p].get("step")
+                key = (
+                    p.shape,
+                    p.dtype,
+                    p.device,
+                    getattr(p, "placements", None),
+                    None if step is None else step.item(),
+                )
+                batches.setdefault(key, []).append(p)
+        for params in batches.values():
+            size = max(1, BATCH_ELEMENTS // params[0].numel())
+            for start in range(0, len(params), size):
+                yield params[start : start + size]
+
     def _new_state(self, p: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
         if name == "step":
             return torch.zeros((), dtype=torch.float32)
@@ -158,13 +244,29 @@ class MatrixOptimizer(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         return found_inf is not None and bool(found_inf.item())
 
-    def _wide_gradient(self, group: dict[str, Any], p: Tensor, g: Tensor) -> Tensor:
-        """The gradient to descend along, unscaled, in the dtype of the states. Never changes `g`, may be `g`."""
-        g = g.to(wide_dtype(p))
+    def _gradients(self, group: dict[str, Any], params: list[Tensor]) -> Tensor:
+        """The gradients to descend along, unscaled, in the dtype of the states: this process's shards, stacked."""
+        g = torch.stack(locals_of([p.grad for p in params])).to(wide_dtype(params[0]))
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             g = g / scale.to(g.device, g.dtype, non_blocking=True).reshape(())
         return -g if group["maximize"] else g
+
+    def _states(self, params: list[Tensor], name: str) -> list[Tensor]:
+        """One state of each parameter: this process's shards."""
+        return locals_of([self.state[p][name] for p in params])
+
+    def _apply(self, params: list[Tensor], decay: float | Tensor, updates: Tensor) -> None:
+        """p ← decay p - update, in the dtype of the updates."""
+        targets = locals_of(params)
+        same = params[0].dtype is updates.dtype
+        values = targets if same else [target.to(updates.dtype) for target in targets]
+        torch._foreach_mul_(values, decay)
+        torch._foreach_sub_(values, updates.unbind())
+        if not same:
+            torch._foreach_copy_(targets, values)
+        if targets is not params and not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(params)
 
     # --- checkpoints ---
 

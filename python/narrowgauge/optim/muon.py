@@ -14,16 +14,22 @@ from narrowgauge.ops import checks, system
 from narrowgauge.ops.operator import FLOATING
 from narrowgauge.optim.adamw import AdamW
 from narrowgauge.optim.base import Params, _dtensor, check_range
-from narrowgauge.optim.matrix import MatrixOptimizer, check_betas, check_count, check_flag, wide_dtype
+from narrowgauge.optim.matrix import (
+    MatrixOptimizer,
+    check_betas,
+    check_count,
+    check_flag,
+    learning_rate,
+    shards,
+    whole,
+    wide_dtype,
+)
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 Coefficients = tuple[float, float, float] | Sequence[tuple[float, float, float]]
 
 # Defaults of groups with use_muon=False: those of the Adam in the authors' code.
 ADAMW_DEFAULTS = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0}
-
-# A batch of matrices holds at most so many elements: it bounds the memory of a step.
-BATCH_ELEMENTS = 1 << 24
 
 
 def _triples(function: str, name: str, coefficients: Any) -> list[tuple[float, float, float]]:
@@ -271,29 +277,20 @@ class Muon(MatrixOptimizer):
     def _step_group(self, group: dict[str, Any]) -> None:
         if not group["use_muon"]:
             return
-        batches: dict[Any, list[Tensor]] = {}
-        for p in self._with_gradient(group):
-            if p.numel():
-                key = p.shape, p.dtype, p.device, getattr(p, "placements", None)
-                batches.setdefault(key, []).append(p)
-        for params in batches.values():
-            size = max(1, BATCH_ELEMENTS // params[0].numel())
-            for start in range(0, len(params), size):
-                self._step_batch(group, params[start : start + size])
+        for params in self._batches(group):
+            self._step_batch(group, params)
 
     def _step_batch(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Updates parameters of one shape together."""
         p, momentum = params[0], group["momentum"]
-        gradients = self._wide_gradient(group, p, torch.stack(_locals([q.grad for q in params])))
-        buffers = _locals([self.state[q]["momentum_buffer"] for q in params])
+        gradients = self._gradients(group, params)
+        buffers = self._states(params, "momentum_buffer")
         before = torch.stack(buffers)
         averages = kept = before.lerp(gradients, 1 - momentum)
         directions = gradients.lerp(averages, momentum) if group["nesterov"] else averages
 
-        lr, weight_decay = group["lr"], group["weight_decay"]
-        if isinstance(lr, Tensor):
-            lr = lr.to(p.device, wide_dtype(p), non_blocking=True).reshape(())
-        decay, rate = 1 - lr * weight_decay, lr * self._factor(group, p)
+        lr = learning_rate(group, p)
+        decay, rate = 1 - lr * group["weight_decay"], lr * self._factor(group, p)
         updates = self._orthogonalised(group, p, directions).mul_(rate)
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:
@@ -303,14 +300,7 @@ class Muon(MatrixOptimizer):
             kept = torch.where(skipped, before, averages)
         torch._foreach_copy_(buffers, kept.unbind())
 
-        targets = _locals(params)
-        values = targets if p.dtype is updates.dtype else [target.to(updates.dtype) for target in targets]
-        torch._foreach_mul_(values, decay)
-        torch._foreach_sub_(values, updates.unbind())
-        if values is not targets:
-            torch._foreach_copy_(targets, values)
-        if targets is not params and not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version(params)
+        self._apply(params, decay, updates)
 
     def _matrix_shape(self, group: dict[str, Any], p: Tensor) -> tuple[int, int]:
         flatten = p.dim() > 3 if group["flatten"] is None else group["flatten"]
@@ -329,7 +319,7 @@ class Muon(MatrixOptimizer):
         matrix_shape = self._matrix_shape(group, p)
         gather = _cuts_matrices(p, matrix_shape)
         if gather:
-            directions = _whole(directions.to(group["ns_dtype"]), p)  # half the traffic; rounded to it anyway
+            directions = whole(directions.to(group["ns_dtype"]), p)  # half the traffic; rounded to it anyway
         orthogonal = newton_schulz(
             directions.reshape(-1, *matrix_shape),
             group["ns_steps"],
@@ -339,18 +329,8 @@ class Muon(MatrixOptimizer):
             eps_mode=group["eps_mode"],
         ).reshape(directions.shape)
         if gather:
-            orthogonal = _shards(orthogonal, p)
+            orthogonal = shards(orthogonal, p)
         return orthogonal.to(wide_dtype(p), memory_format=torch.contiguous_format)
-
-
-# --- sharded parameters ---
-
-
-def _locals(tensors: list[Any]) -> list[Tensor]:
-    """This process's shards; the list itself if nothing is sharded."""
-    dtensor = _dtensor()
-    sharded = dtensor is not None and isinstance(tensors[0], dtensor)
-    return [x.to_local() for x in tensors] if sharded else tensors
 
 
 def _cuts_matrices(p: Any, matrix_shape: tuple[int, int]) -> bool:
@@ -362,33 +342,6 @@ def _cuts_matrices(p: Any, matrix_shape: tuple[int, int]) -> bool:
     return not all(
         placement.is_replicate() or (experts and placement.is_shard(0)) for placement in p.placements
     )
-
-
-def _stacked(p: Any) -> list[Any]:
-    """Where the dimensions of parameters like `p` are when they are stacked."""
-    from torch.distributed.tensor import Shard
-
-    return [Shard(place.dim + 1) if type(place) is Shard else place for place in p.placements]
-
-
-def _whole(stacked: Tensor, p: Any) -> Tensor:
-    """The whole of tensors whose shards, cut like `p`, this process has."""
-    shape = torch.Size((len(stacked), *p.shape))
-    stride = torch.empty(shape, device="meta").stride()
-    return (
-        _dtensor()
-        .from_local(stacked, p.device_mesh, _stacked(p), run_check=False, shape=shape, stride=stride)
-        .full_tensor()
-    )
-
-
-def _shards(stacked: Tensor, p: Any) -> Tensor:
-    """This process's shards of tensors that all have, cut like `p`; nothing is sent."""
-    from torch.distributed.tensor import Replicate
-
-    everywhere = [Replicate()] * p.device_mesh.ndim
-    whole = _dtensor().from_local(stacked, p.device_mesh, everywhere, run_check=False)
-    return whole.redistribute(placements=_stacked(p)).to_local()
 
 
 # --- groups of a model ---
