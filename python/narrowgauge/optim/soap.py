@@ -182,9 +182,9 @@ class SOAP(MatrixOptimizer):
         """Moves the Gram matrices of one mode, and when it is time their eigenvectors."""
         p = params[0]
         grams = self._replicated(params, f"GG_{mode}").lerp(gram(g, mode), 1 - beta)
-        torch._foreach_copy_([self.state[q][f"GG_{mode}"] for q in params], grams.unbind())
+        bases = None
         if step == 0:
-            bases = torch.linalg.eigh(grams).eigenvectors.flip(-1)  # the largest first
+            bases = torch.linalg.eigh(grams).eigenvectors.flip(-1)  # the largest first; raises on NaN
         elif step % group["precondition_frequency"] == 0:
             bases = self._replicated(params, f"Q_{mode}")
             product = grams @ bases
@@ -197,9 +197,9 @@ class SOAP(MatrixOptimizer):
             places = order.reshape(len(params), *[1] * (rows.dim() - 2), -1).expand_as(rows)
             v = rows.gather(-1, places).movedim(-1, mode + 1).reshape(v.shape)
             torch._foreach_copy_(squares, shards(v, p).unbind())
-        else:
-            return
-        torch._foreach_copy_([self.state[q][f"Q_{mode}"] for q in params], bases.unbind())
+        torch._foreach_copy_([self.state[q][f"GG_{mode}"] for q in params], grams.unbind())
+        if bases is not None:
+            torch._foreach_copy_([self.state[q][f"Q_{mode}"] for q in params], bases.unbind())
 
 
 system(
