@@ -55,16 +55,21 @@ def learning_rate(group: dict[str, Any], p: Tensor) -> float | Tensor:
 
 def gram(x: Tensor, mode: int) -> Tensor:
     """The products of the slices along one mode with each other, one matrix per tensor."""
-    slices = x.movedim(mode + 1, 1).reshape(len(x), x.shape[mode + 1], -1)
+    size = x.shape[mode + 1]
+    if mode == x.dim() - 2:  # no copy, as the first mode
+        rows = x.reshape(len(x), -1, size)
+        return rows.mT @ rows
+    slices = x.movedim(mode + 1, 1).reshape(len(x), size, -1)
     return slices @ slices.mT
 
 
 def mode_product(x: Tensor, matrices: Tensor, mode: int) -> Tensor:
     """Takes the vectors along one mode to their products with the columns of the tensor's matrix."""
-    moved = x.movedim(mode + 1, -1)
-    return (
-        (moved.reshape(len(x), -1, x.shape[mode + 1]) @ matrices).reshape(moved.shape).movedim(-1, mode + 1)
-    )
+    size = x.shape[mode + 1]
+    if mode == x.dim() - 2:
+        return (x.reshape(len(x), -1, size) @ matrices).reshape(x.shape)
+    moved = x.movedim(mode + 1, 1)
+    return (matrices.mT @ moved.reshape(len(x), size, -1)).reshape(moved.shape).movedim(1, mode + 1)
 
 
 # --- sharded parameters ---
@@ -72,9 +77,7 @@ def mode_product(x: Tensor, matrices: Tensor, mode: int) -> Tensor:
 
 def locals_of(tensors: list[Any]) -> list[Tensor]:
     """This process's shards; the list itself if nothing is sharded."""
-    dtensor = _dtensor()
-    sharded = dtensor is not None and isinstance(tensors[0], dtensor)
-    return [x.to_local() for x in tensors] if sharded else tensors
+    return [x.to_local() for x in tensors] if _is_sharded(tensors[0]) else tensors
 
 
 def _stacked_placements(p: Any) -> list[Any]:

@@ -154,11 +154,13 @@ class SOAP(MatrixOptimizer):
         m = torch.stack(averages).lerp(g, 1 - beta1)
         torch._foreach_copy_(averages, m.unbind())
         whole_g = whole(g, p)
-        # Gradient and average are rotated together.
-        rotated = torch.stack((whole_g, whole(m, p)), 1).reshape(len(params), 2, *shape)
+        # Gradient and average are rotated together, side by side in front of the last mode.
+        last = len(shape) - 1
+        pair = [x.reshape(len(params), *shape) for x in (whole_g, whole(m, p))]
+        rotated = torch.stack(pair, last + 1) if modes else torch.stack(pair, 1)
         for mode, basis in bases.items():
-            rotated = mode_product(rotated, basis, mode + 1)
-        rotated_g, rotated_m = rotated.unbind(1)
+            rotated = mode_product(rotated, basis, mode + (mode == last))
+        rotated_g, rotated_m = rotated.unbind(last + 1 if modes else 1)
         v = whole(torch.stack(squares), p).reshape(rotated_g.shape).lerp(rotated_g.square(), 1 - beta2)
         torch._foreach_copy_(squares, shards(v.reshape(whole_g.shape), p).unbind())
         updates = rotated_m / v.sqrt().add_(group["eps"])
