@@ -137,8 +137,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _check_param(self, group: dict[str, Any], p: Tensor) -> None:
         """Raises for parameters that the method cannot update."""
 
-    def _state_layout(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[int, ...]]:
-        """The keys of a parameter's state, and their shapes."""
+    def _state_layout(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[int, ...] | None]:
+        """The keys of a parameter's state, and their shapes; None: stored like the parameter."""
         raise NotImplementedError
 
     def _step_group(self, group: dict[str, Any]) -> None:
@@ -233,10 +233,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for start in range(0, len(params), size):
                 yield params[start : start + size]
 
-    def _new_state(self, p: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _new_state(self, p: Tensor, name: str, shape: tuple[int, ...] | None) -> Tensor:
         if name == "step":
             return torch.zeros((), dtype=torch.float32)
-        if tuple(shape) == tuple(p.shape):
+        if shape is None:
             return torch.zeros_like(
                 p, dtype=wide_dtype(p), memory_format=torch.preserve_format, requires_grad=False
             )
@@ -345,8 +345,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise self._refuse(f"{where}: {name} must be a floating-point tensor, got {kind}")
-            if tuple(value.shape) != tuple(shape):
-                raise self._refuse(f"{where}: {name} has shape {tuple(value.shape)}, expected {tuple(shape)}")
+            expected = tuple(p.shape if shape is None else shape)
+            if tuple(value.shape) != expected:
+                raise self._refuse(f"{where}: {name} has shape {tuple(value.shape)}, expected {expected}")
             if name == "step" and (value < 0 or value != value.floor()):
                 raise self._refuse(f"{where}: step must be a whole number, got {value.item()}")
             state[name] = self._new_state(p, name, shape).copy_(value)

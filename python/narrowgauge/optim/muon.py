@@ -234,8 +234,8 @@ class Muon(MatrixOptimizer):
         if self._adamw is not None:
             self._adamw.state = self.state
 
-    def _state_layout(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[int, ...]]:
-        return {"momentum_buffer": tuple(p.shape)}
+    def _state_layout(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[int, ...] | None]:
+        return {"momentum_buffer": None}
 
     def _loaded_group(
         self, number: int, group: dict[str, Any], saved_group: dict[str, Any], saved: dict[Any, Any]

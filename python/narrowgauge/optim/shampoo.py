@@ -99,10 +99,10 @@ class Shampoo(MatrixOptimizer):
     def _modes(self, group: dict[str, Any], p: Tensor) -> list[int]:
         return [mode for mode, size in enumerate(p.shape) if size <= group["max_precondition_dim"]]
 
-    def _state_layout(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[int, ...]]:
-        layout: dict[str, tuple[int, ...]] = {"step": ()}
+    def _state_layout(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[int, ...] | None]:
+        layout: dict[str, tuple[int, ...] | None] = {"step": ()}
         if group["momentum"]:
-            layout["momentum_buffer"] = tuple(p.shape)
+            layout["momentum_buffer"] = None
         for mode in self._modes(group, p):
             layout |= {f"{name}_{mode}": (p.shape[mode],) * 2 for name in ("pre_cond", "inv_pre_cond")}
         return layout

@@ -113,11 +113,11 @@ class SOAP(MatrixOptimizer):
             shape = merged_shape(shape, largest)
         return shape, [mode for mode, size in enumerate(shape) if size <= largest]
 
-    def _state_layout(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[int, ...]]:
-        layout: dict[str, tuple[int, ...]] = {
+    def _state_layout(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[int, ...] | None]:
+        layout: dict[str, tuple[int, ...] | None] = {
             "step": (),
-            "exp_avg": tuple(p.shape),
-            "exp_avg_sq": tuple(p.shape),
+            "exp_avg": None,
+            "exp_avg_sq": None,
         }
         shape, modes = self._modes(group, p)
         return layout | {f"{name}_{mode}": (shape[mode],) * 2 for mode in modes for name in ("GG", "Q")}
