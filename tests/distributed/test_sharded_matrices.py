@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,6 +168,15 @@ def main(rank: int, folder: str) -> None:
     replicas_stay_equal()
     fsdp_trains_like_one_process_and_resumes()
     dist.destroy_process_group()
+
+
+def test_placements_move_with_their_dimension() -> None:
+    """FSDP2 over tensor parallelism places parameters as strided shards."""
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    placements = [_StridedShard(0, split_factor=2), Shard(0), Replicate(), Shard(1)]
+    moved = matrix._stacked_placements(SimpleNamespace(placements=placements))
+    assert moved == [_StridedShard(1, split_factor=2), Shard(1), Replicate(), Shard(2)]
 
 
 @pytest.mark.distributed

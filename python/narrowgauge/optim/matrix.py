@@ -82,9 +82,14 @@ def locals_of(tensors: list[Any]) -> list[Tensor]:
 
 def _stacked_placements(p: Any) -> list[Any]:
     """Where the dimensions of parameters like `p` are when they are stacked."""
-    from torch.distributed.tensor import Shard
 
-    return [Shard(place.dim + 1) if type(place) is Shard else place for place in p.placements]
+    def moved(place: Any) -> Any:
+        if place.is_replicate():
+            return place
+        strided = {"split_factor": place.split_factor} if hasattr(place, "split_factor") else {}
+        return type(place)(place.dim + 1, **strided)
+
+    return [moved(place) for place in p.placements]
 
 
 def _is_sharded(p: Any) -> bool:
