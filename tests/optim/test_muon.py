@@ -554,6 +554,25 @@ def test_exchanges_state_dicts_with_torch() -> None:
             )
 
 
+def test_coded_states_of_adamw_are_decoded() -> None:
+    params, plain = parameters((8, 8), (300,)), parameters((300,))
+    options = {"state_dtype": "int8", "min_quantized_size": 0, "lr": 0.01}
+    optimizer = ng.optim.Muon([{"params": params[1:], "use_muon": False, **options}, {"params": params[:1]}])
+    adamw = ng.optim.AdamW(plain, **options, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
+    plain[0].data.copy_(params[1].data)
+    for step in range(2):
+        set_gradients(params, step)
+        plain[0].grad = params[1].grad
+        optimizer.step()
+        adamw.step()
+    decoded, expected = optimizer.dequantized_state_dict(), adamw.dequantized_state_dict()
+    torch.testing.assert_close(decoded["state"][0], expected["state"][0], rtol=0, atol=0)
+    assert decoded["state"][1].keys() == {"momentum_buffer"}
+    fresh = ng.optim.Muon([{"params": params[1:], "use_muon": False}, {"params": params[:1]}])
+    fresh.load_state_dict(decoded)
+    assert fresh.state[params[1]]["exp_avg"].shape == (300,)
+
+
 BUFFER = ("state", 1, "momentum_buffer")
 BAD_STATE_DICTS = [
     (("state",), None, "has the keys 'state' and 'param_groups'"),
@@ -577,7 +596,7 @@ BAD_STATE_DICTS = [
         r"the state of parameter 1: momentum_buffer has shape \(3,\), expected \(20, 12\)",
     ),
     (BUFFER, 3, "momentum_buffer must be a floating-point tensor, got int"),
-    (("state", 3, "exp_avg"), torch.zeros(3), "group 1: AdamW.load_state_dict"),
+    (("state", 3, "exp_avg"), torch.zeros(3), "AdamW.load_state_dict"),
     (("state", 9), {}, r"states of unknown parameters: \[9\]"),
 ]
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from copy import deepcopy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from narrowgauge.ops.operator import FLOATING
-from narrowgauge.optim.base import Params, _dtensor, check_range
+from narrowgauge.optim import tensors
+from narrowgauge.optim.base import Params, check_range
+from narrowgauge.optim.checkpoint import Checkpoints, Entry
 
 # A batch holds at most so many elements, or one parameter: it bounds the memory of a step.
 BATCH_ELEMENTS = 1 << 24
@@ -27,19 +28,24 @@ def check_flag(function: str, name: str, value: Any) -> None:
         raise ValueError(f"{function}: {name} must be True or False, got {value!r}")
 
 
-def check_betas(function: str, betas: Any) -> None:
-    """Two decay rates in [0, 1)."""
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"{function}: betas must be two numbers in [0, 1), got {betas!r}")
-    for i, beta in enumerate(betas):
-        check_range(function, f"betas[{i}]", beta, 0, 1)
-
-
 def check_count(function: str, name: str, value: Any, low: int = 1, below: float = float("inf")) -> None:
     """A hyperparameter must be a whole number in [low, below)."""
     check_range(function, name, value, low, below)
     if not isinstance(value, int):
         raise ValueError(f"{function}: {name} must be a whole number, got {value!r}")
+
+
+def like_parameter(p: Tensor) -> Entry:
+    """The record of a state shaped like its parameter."""
+    return Entry(wide_dtype(p))
+
+
+def square(p: Tensor, size: int) -> Entry:
+    """The record of a matrix beside a parameter."""
+    return Entry(wide_dtype(p), lambda numel: (size, size))
+
+
+STEP = Entry(torch.float32, lambda numel: ())
 
 
 def learning_rate(group: dict[str, Any], p: Tensor) -> float | Tensor:
@@ -75,9 +81,9 @@ def mode_product(x: Tensor, matrices: Tensor, mode: int) -> Tensor:
 # --- sharded parameters ---
 
 
-def locals_of(tensors: list[Any]) -> list[Tensor]:
+def locals_of(values: list[Any]) -> list[Tensor]:
     """This process's shards; the list itself if nothing is sharded."""
-    return [x.to_local() for x in tensors] if _is_sharded(tensors[0]) else tensors
+    return [x.to_local() for x in values] if tensors.is_dtensor(values[0]) else values
 
 
 def _stacked_placements(p: Any) -> list[Any]:
@@ -92,42 +98,40 @@ def _stacked_placements(p: Any) -> list[Any]:
     return [moved(place) for place in p.placements]
 
 
-def _is_sharded(p: Any) -> bool:
-    dtensor = _dtensor()
-    return dtensor is not None and isinstance(p, dtensor)
-
-
 def whole(stacked: Tensor, p: Any) -> Tensor:
     """The whole of tensors whose shards, cut like `p`, this process has."""
-    if not _is_sharded(p):
+    if not tensors.is_dtensor(p):
         return stacked
     shape = torch.Size((len(stacked), *p.shape))
     stride = torch.empty(shape, device="meta").stride()
     placed = _stacked_placements(p)
-    x = _dtensor().from_local(stacked, p.device_mesh, placed, run_check=False, shape=shape, stride=stride)
+    x = tensors.dtensor_class().from_local(
+        stacked, p.device_mesh, placed, run_check=False, shape=shape, stride=stride
+    )
     return x.full_tensor()
 
 
 def shards(stacked: Tensor, p: Any) -> Tensor:
     """This process's shards of tensors that all have, cut like `p`; nothing is sent."""
-    if not _is_sharded(p):
+    if not tensors.is_dtensor(p):
         return stacked
     from torch.distributed.tensor import Replicate
 
     everywhere = [Replicate()] * p.device_mesh.ndim
-    x = _dtensor().from_local(stacked, p.device_mesh, everywhere, run_check=False)
+    x = tensors.dtensor_class().from_local(stacked, p.device_mesh, everywhere, run_check=False)
     return x.redistribute(placements=_stacked_placements(p)).to_local()
 
 
-class MatrixOptimizer(torch.optim.Optimizer):
+class MatrixOptimizer(Checkpoints):
     """Base of the optimizers that treat a parameter as a matrix or a product of modes.
 
-    A subclass defines `_check_options`, `_check_param`, `_state_layout` and `_step_group`.
+    A subclass defines `_check_options`, `_check_param`, `_state_layout` and `_step_group`. States that are not shaped
+    like their parameter are whole in every process.
     """
 
     _step_supports_amp_scaling = True
     # Arguments that state dicts of other implementations do not have.
-    _own_options: tuple[str, ...] = ("maximize",)
+    _own_options: ClassVar[tuple[str, ...]] = ("maximize",)
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         self._check_group(defaults)
@@ -141,10 +145,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _check_param(self, group: dict[str, Any], p: Tensor) -> None:
         """Raises for parameters that the method cannot update."""
-
-    def _state_layout(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[int, ...] | None]:
-        """The keys of a parameter's state, and their shapes; None: stored like the parameter."""
-        raise NotImplementedError
 
     def _step_group(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
@@ -213,10 +213,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     "or build the layer with sparse=False"
                 )
         for p in params:
-            state = self.state[p]
-            if not state:
-                for name, shape in self._state_layout(group, p).items():
-                    state[name] = self._new_state(p, name, shape)
+            if not self.state[p]:
+                self._init_state(group, p)
         return params
 
     def _batches(self, group: dict[str, Any]) -> Iterator[list[Tensor]]:
@@ -238,14 +236,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for start in range(0, len(params), size):
                 yield params[start : start + size]
 
-    def _new_state(self, p: Tensor, name: str, shape: tuple[int, ...] | None) -> Tensor:
-        if name == "step":
-            return torch.zeros((), dtype=torch.float32)
-        if shape is None:
-            return torch.zeros_like(
-                p, dtype=wide_dtype(p), memory_format=torch.preserve_format, requires_grad=False
-            )
-        return torch.zeros(shape, dtype=wide_dtype(p), device=p.device)
+    def _init_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[p]
+        for name, entry in self._state_layout(group, p).items():
+            state[name] = self._new_state(p, entry)
+        return state
+
+    def _new_state(self, p: Tensor, entry: Entry) -> Tensor:
+        if entry.shape is None:
+            return super()._new_state(p, entry)
+        shape = entry.shape(p.numel())
+        # Steps are counted on the host, which decides by them.
+        return torch.zeros(shape, dtype=entry.dtype, device=p.device if shape else "cpu")
 
     def _overflowed(self) -> bool:
         """Whether a gradient scaler found an infinity. Waits for the device."""
@@ -278,82 +280,28 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     # --- checkpoints ---
 
-    @torch._disable_dynamo
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this class.
+    def dequantized_state_dict(self) -> dict[str, Any]:
+        """The state dict: no state is coded."""
+        return self.state_dict()
 
-        Everything is checked first: a state dict that does not fit raises a ValueError and changes nothing.
-        """
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = pre_hook(self, state_dict)
-            if replaced is not None:
-                state_dict = replaced
-        if not isinstance(state_dict.get("state"), dict) or not isinstance(
-            state_dict.get("param_groups"), list
-        ):
-            raise self._refuse("a state dict has the keys 'state' and 'param_groups'")
-        saved_groups = state_dict["param_groups"]
-        sizes = [len(group["params"]) for group in self.param_groups]
-        saved_sizes = [len(group.get("params", ())) for group in saved_groups]
-        if sizes != saved_sizes:
-            raise self._refuse(f"its groups have {saved_sizes} parameters, this optimizer's have {sizes}")
-        states = dict(state_dict["state"])
-        groups = []
-        loaded = type(self.state)(dict)
-        for number, (group, saved_group) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            saved = {name: states.pop(name) for name in saved_group["params"] if name in states}
-            group, group_states = self._loaded_group(number, group, saved_group, saved)
-            groups.append(group)
-            loaded.update(group_states)
-        if states:
-            raise self._refuse(f"it has states of unknown parameters: {sorted(states, key=str)[:5]}")
-        self.__setstate__({"state": loaded, "param_groups": groups})
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+    def _hyperparameters(self) -> list[str]:
+        return [name for name in self.defaults if name not in self._own_options]
 
-    def _refuse(self, reason: str) -> ValueError:
-        return ValueError(f"{type(self).__name__}.load_state_dict: {reason}; nothing was loaded")
-
-    def _loaded_group(
-        self, number: int, group: dict[str, Any], saved_group: dict[str, Any], saved: dict[Any, Any]
-    ) -> tuple[dict[str, Any], dict[Tensor, dict[str, Any]]]:
-        """The group to use from now on, and the states of its parameters."""
-        missing = [
-            name for name in self.defaults if name not in self._own_options and name not in saved_group
-        ]
-        if missing:
-            raise self._refuse(f"group {number} has no {missing[0]}: it is of another optimizer")
-        merged = {key: value for key, value in group.items() if key != "params"}
-        merged |= deepcopy({key: value for key, value in saved_group.items() if key != "params"})
-        try:
-            self._check_group(merged)
-            for p in group["params"]:
-                self._check_param(merged, p)
-        except ValueError as error:
-            raise self._refuse(str(error)) from error
-        states = {}
-        for p, identifier in zip(group["params"], saved_group["params"], strict=True):
-            if saved.get(identifier):
-                states[p] = self._loaded_state(merged, p, identifier, saved[identifier])
-        return {"params": group["params"], **merged}, states
-
-    def _loaded_state(
-        self, group: dict[str, Any], p: Tensor, identifier: Any, saved: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _check_state(self, group: dict[str, Any], p: Tensor, identifier: Any, saved: dict[str, Any]) -> None:
         where, layout = f"the state of parameter {identifier}", self._state_layout(group, p)
         if set(saved) != set(layout):
             raise self._refuse(f"{where} has the keys {sorted(saved)}, expected {sorted(layout)}")
-        state = {}
-        for name, shape in layout.items():
+        for name, entry in layout.items():
             value = saved[name]
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise self._refuse(f"{where}: {name} must be a floating-point tensor, got {kind}")
-            expected = tuple(p.shape if shape is None else shape)
+            expected = tuple(p.shape if entry.shape is None else entry.shape(p.numel()))
             if tuple(value.shape) != expected:
                 raise self._refuse(f"{where}: {name} has shape {tuple(value.shape)}, expected {expected}")
             if name == "step" and (value < 0 or value != value.floor()):
                 raise self._refuse(f"{where}: step must be a whole number, got {value.item()}")
-            state[name] = self._new_state(p, name, shape).copy_(value)
-        return state
+
+    def _loaded_state(self, group: dict[str, Any], p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+        layout = self._state_layout(group, p)
+        return {name: self._new_state(p, entry).copy_(saved[name]) for name, entry in layout.items()}

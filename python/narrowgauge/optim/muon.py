@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from narrowgauge.ops import checks, system
 from narrowgauge.ops.operator import FLOATING
+from narrowgauge.optim import tensors
 from narrowgauge.optim.adamw import AdamW
-from narrowgauge.optim.base import Params, _dtensor, check_range
+from narrowgauge.optim.base import Params, check_betas, check_range
+from narrowgauge.optim.checkpoint import Entry
 from narrowgauge.optim.matrix import (
     MatrixOptimizer,
-    check_betas,
     check_count,
     check_flag,
     learning_rate,
+    like_parameter,
     shards,
     whole,
     wide_dtype,
@@ -139,7 +141,8 @@ class Muon(MatrixOptimizer):
         betas: Of AdamW; only with ``use_muon=False``.
     """
 
-    _own_options = (*("maximize", "ns_dtype", "eps_mode", "flatten", "filter_factor", "use_muon", "betas"),)
+    _adamw: AdamW | None = None
+    _own_options = ("maximize", "ns_dtype", "eps_mode", "flatten", "filter_factor", "use_muon", "betas")
 
     def __init__(
         self,
@@ -200,6 +203,11 @@ class Muon(MatrixOptimizer):
         checks.check_choice("Muon", "flatten", group["flatten"], (None, False, True))
         checks.check_choice("Muon", "filter_factor", group["filter_factor"], ("kernel", "matrix"))
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if not group["use_muon"] and self._adamw is not None:
+            self._adamw._check_group(group)
+
     def _check_param(self, group: dict[str, Any], p: Tensor) -> None:
         if group["use_muon"] and p.dim() < 2:
             raise ValueError(
@@ -234,25 +242,36 @@ class Muon(MatrixOptimizer):
         if self._adamw is not None:
             self._adamw.state = self.state
 
-    def _state_layout(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[int, ...] | None]:
-        return {"momentum_buffer": None}
+    # --- checkpoints ---
 
-    def _loaded_group(
-        self, number: int, group: dict[str, Any], saved_group: dict[str, Any], saved: dict[Any, Any]
-    ) -> tuple[dict[str, Any], dict[Tensor, dict[str, Any]]]:
-        if saved_group.get("use_muon", group["use_muon"]) != group["use_muon"]:
-            raise self._refuse(
-                f"group {number} was saved with use_muon={saved_group['use_muon']}, "
-                f"this optimizer has {group['use_muon']}"
-            )
+    def _state_layout(self, group: dict[str, Any], p: Tensor) -> dict[str, Entry]:
+        return {"momentum_buffer": like_parameter(p)}
+
+    def _check_state(self, group: dict[str, Any], p: Tensor, identifier: Any, saved: dict[str, Any]) -> None:
         if group["use_muon"]:
-            return super()._loaded_group(number, group, saved_group, saved)
-        adamw = AdamW([dict(group)])
-        try:
-            adamw.load_state_dict({"state": saved, "param_groups": [saved_group]})
-        except ValueError as error:
-            raise self._refuse(f"group {number}: {error}") from error
-        return adamw.param_groups[0], dict(adamw.state)
+            super()._check_state(group, p, identifier, saved)
+        elif self._adamw is not None:
+            self._adamw._check_state(group, p, identifier, saved)
+
+    def _loaded_state(self, group: dict[str, Any], p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+        if group["use_muon"] or self._adamw is None:
+            return super()._loaded_state(group, p, saved)
+        return self._adamw._loaded_state(group, p, saved)
+
+    def dequantized_state_dict(self) -> dict[str, Any]:
+        """A state dict with every coded state of AdamW decoded to float32."""
+        result = super().dequantized_state_dict()
+        if self._adamw is not None:
+            adamw = AdamW([dict(group) for group in self._adamw.param_groups])
+            adamw.state.update({p: self.state[p] for group in adamw.param_groups for p in group["params"]})
+            decoded = adamw.dequantized_state_dict()
+            saved_groups = [group for group in result["param_groups"] if not group["use_muon"]]
+            for saved, group in zip(saved_groups, decoded["param_groups"], strict=True):
+                saved["state_dtype"] = group["state_dtype"]
+                for identifier, other in zip(saved["params"], group["params"], strict=True):
+                    if other in decoded["state"]:
+                        result["state"][identifier] = decoded["state"][other]
+        return result
 
     # --- the step ---
 
@@ -335,8 +354,7 @@ class Muon(MatrixOptimizer):
 
 def _cuts_matrices(p: Any, matrix_shape: tuple[int, int]) -> bool:
     """Whether a process holds parts of matrices. Sharded experts, the first of three dimensions, are whole."""
-    dtensor = _dtensor()
-    if dtensor is None or not isinstance(p, dtensor):
+    if not tensors.is_dtensor(p):
         return False
     experts = p.dim() == 3 and matrix_shape == tuple(p.shape[1:])
     return not all(

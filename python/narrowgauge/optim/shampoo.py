@@ -9,15 +9,19 @@ from torch import Tensor
 
 from narrowgauge.ops import checks, system
 from narrowgauge.optim.base import Params, check_range
+from narrowgauge.optim.checkpoint import Entry
 from narrowgauge.optim.matrix import (
+    STEP,
     MatrixOptimizer,
     check_count,
     check_flag,
     gram,
     learning_rate,
+    like_parameter,
     locals_of,
     mode_product,
     shards,
+    square,
     whole,
 )
 
@@ -99,12 +103,13 @@ class Shampoo(MatrixOptimizer):
     def _modes(self, group: dict[str, Any], p: Tensor) -> list[int]:
         return [mode for mode, size in enumerate(p.shape) if size <= group["max_precondition_dim"]]
 
-    def _state_layout(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[int, ...] | None]:
-        layout: dict[str, tuple[int, ...] | None] = {"step": ()}
+    def _state_layout(self, group: dict[str, Any], p: Tensor) -> dict[str, Entry]:
+        layout = {"step": STEP}
         if group["momentum"]:
-            layout["momentum_buffer"] = None
+            layout["momentum_buffer"] = like_parameter(p)
         for mode in self._modes(group, p):
-            layout |= {f"{name}_{mode}": (p.shape[mode],) * 2 for name in ("pre_cond", "inv_pre_cond")}
+            for name in ("pre_cond", "inv_pre_cond"):
+                layout[f"{name}_{mode}"] = square(p, p.shape[mode])
         return layout
 
     def _step_group(self, group: dict[str, Any]) -> None:

@@ -9,16 +9,19 @@ import torch
 from torch import Tensor
 
 from narrowgauge.ops import system
-from narrowgauge.optim.base import Params, check_range
+from narrowgauge.optim.base import Params, check_betas, check_range
+from narrowgauge.optim.checkpoint import Entry
 from narrowgauge.optim.matrix import (
+    STEP,
     MatrixOptimizer,
-    check_betas,
     check_count,
     check_flag,
     gram,
     learning_rate,
+    like_parameter,
     mode_product,
     shards,
+    square,
     whole,
 )
 
@@ -113,14 +116,10 @@ class SOAP(MatrixOptimizer):
             shape = merged_shape(shape, largest)
         return shape, [mode for mode, size in enumerate(shape) if size <= largest]
 
-    def _state_layout(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[int, ...] | None]:
-        layout: dict[str, tuple[int, ...] | None] = {
-            "step": (),
-            "exp_avg": None,
-            "exp_avg_sq": None,
-        }
+    def _state_layout(self, group: dict[str, Any], p: Tensor) -> dict[str, Entry]:
+        layout = {"step": STEP, "exp_avg": like_parameter(p), "exp_avg_sq": like_parameter(p)}
         shape, modes = self._modes(group, p)
-        return layout | {f"{name}_{mode}": (shape[mode],) * 2 for mode in modes for name in ("GG", "Q")}
+        return layout | {f"{name}_{mode}": square(p, shape[mode]) for mode in modes for name in ("GG", "Q")}
 
     def _step_group(self, group: dict[str, Any]) -> None:
         if not self._overflowed():
