@@ -568,7 +568,8 @@ def test_coded_states_of_adamw_are_decoded() -> None:
     decoded, expected = optimizer.dequantized_state_dict(), adamw.dequantized_state_dict()
     torch.testing.assert_close(decoded["state"][0], expected["state"][0], rtol=0, atol=0)
     assert decoded["state"][1].keys() == {"momentum_buffer"}
-    fresh = ng.optim.Muon([{"params": params[1:], "use_muon": False}, {"params": params[:1]}])
+    wide = {"use_muon": False, "min_quantized_size": 0}
+    fresh = ng.optim.Muon([{"params": params[1:], **wide}, {"params": params[:1]}])
     fresh.load_state_dict(decoded)
     assert fresh.state[params[1]]["exp_avg"].shape == (300,)
 

@@ -263,7 +263,8 @@ class Muon(MatrixOptimizer):
         result = super().dequantized_state_dict()
         if self._adamw is not None:
             adamw = AdamW([dict(group) for group in self._adamw.param_groups])
-            adamw.state.update({p: self.state[p] for group in adamw.param_groups for p in group["params"]})
+            own = {p for group in adamw.param_groups for p in group["params"]}
+            adamw.state.update({p: state for p, state in self.state.items() if p in own})
             decoded = adamw.dequantized_state_dict()
             saved_groups = [group for group in result["param_groups"] if not group["use_muon"]]
             for saved, group in zip(saved_groups, decoded["param_groups"], strict=True):
