@@ -461,6 +461,21 @@ def test_add_param_group() -> None:
     assert (params[1] - before).abs().max() > 1e-4
 
 
+def test_copies_and_named_parameters() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5))
+    named = list(model.named_parameters())
+    optimizer = ng.optim.Muon([{"params": named[:1]}, {"params": named[1:], "use_muon": False}])
+    train(list(model.parameters()), optimizer, 1)
+    assert optimizer.state_dict()["param_groups"][1]["param_names"] == ["0.bias", "1.weight", "1.bias"]
+    twin, before = copy.deepcopy(optimizer), model[0].bias.detach().clone()
+    copied = [p for group in twin.param_groups for p in group["params"]]
+    for params, each in ((list(model.parameters()), optimizer), (copied, twin)):
+        each.param_groups[1]["lr"] = 0.5
+        train(params, each, 1, first=1)
+    assert_equal(copied, list(model.parameters()))
+    assert (copied[1] - before).abs().max() > 0.1, "the new rate did not reach AdamW"
+
+
 BAD_ARGUMENTS = [
     ({"lr": -1.0}, "Muon: lr must be a finite number >= 0, got -1.0"),
     ({"lr": torch.zeros(2)}, "a tensor lr must be one floating-point number"),
