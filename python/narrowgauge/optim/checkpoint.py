@@ -13,7 +13,7 @@ from torch import Tensor
 from narrowgauge.optim import codec, tensors
 
 # Options that describe how this optimizer stores things; a checkpoint may not change them.
-STORAGE_OPTIONS = ("state_dtype", "min_quantized_size", "param_update", "split_bits")
+STORAGE_OPTIONS = ("state_dtype", "min_quantized_size", "param_update", "split_bits", "use_muon")
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Checkpoints(torch.optim.Optimizer):
             if missing:
                 raise self._refuse(f"group {number} has no {missing[0]}: it is of another optimizer")
             for option in STORAGE_OPTIONS:
-                if saved_group.get(option, group[option]) != group[option]:
+                if option in group and saved_group.get(option, group[option]) != group[option]:
                     raise self._refuse(
                         f"group {number} was saved with {option}={saved_group[option]!r}, "
                         f"this optimizer has {group[option]!r}"
