@@ -22,6 +22,7 @@ from tests.emulator.loading import load_emulator  # noqa: E402
 import narrowgauge  # noqa: E402
 from narrowgauge.cli.bench import load_bench  # noqa: E402
 from narrowgauge.ops import System, registry, systems  # noqa: E402
+from narrowgauge.optim.base import ElementwiseOptimizer  # noqa: E402
 
 PAGE = ROOT / "docs" / "systems.md"
 INTRODUCTION = """\
@@ -35,6 +36,15 @@ many of these have a hand-written kernel; every CUDA kernel runs in the emulator
 
 | system | reference | CPU | CUDA | module | golden | bench |
 |---|---|---|---|---|---|---|
+"""
+OPTIMIZERS = """
+## Optimizers
+
+*Rule*: the file in `csrc/optim/rules` with the arithmetic that CPU and CUDA kernels share. *Storage*: which options of
+[`state_dtype` and `param_update`](optim/state_formats.md) the classes take.
+
+| optimizer | rule | storage | reference | CPU | CUDA | module | golden | bench |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -93,21 +103,37 @@ def row(record: System) -> tuple[dict[str, str], list[str]]:
     return shown, unexplained
 
 
+def is_optimizer(record: System) -> bool:
+    return bool(record.modules) and all(name.startswith("optim.") for name in record.modules)
+
+
+def optimizer_cells(record: System) -> tuple[str, str]:
+    """The rules of an optimizer's classes, and how they may store states and parameters."""
+    classes = [getattr(narrowgauge.optim, name.removeprefix("optim.")) for name in record.modules]
+    rules = {kind._rule.name for kind in classes if issubclass(kind, ElementwiseOptimizer)}
+    if not rules:
+        return "*PyTorch's matrix products*", "*float32 states (float64 for float64 parameters)*"
+    return ", ".join(f"`{rule}.h`" for rule in sorted(rules)), "all"
+
+
 def page() -> tuple[str, list[str]]:
     """The text of docs/systems.md, and what is wrong with the records."""
     _, modules = load_bench(ROOT)
     bench_operators = {case.operator for module in modules for case in module.CASES}
-    text, complaints = INTRODUCTION, []
+    text, optimizers, complaints = INTRODUCTION, OPTIMIZERS, []
     for name, record in sorted(systems.items(), key=lambda item: (item[1].page, item[0])):
         cells, unexplained = row(record)
         complaints += [f"{name}: {what} does not exist" for what in missing(record, bench_operators)]
         complaints += [f"{name}: the cell {cell} is empty without a reason" for cell in unexplained]
         functions = ", ".join(f"`{function}`" for function in record.functions)
         title = "<br>".join(filter(None, (f"[{record.title}]({record.page})", record.source, functions)))
-        text += f"| {' | '.join((title, *cells.values()))} |\n"
+        if is_optimizer(record):
+            optimizers += f"| {' | '.join((title, *optimizer_cells(record), *cells.values()))} |\n"
+        else:
+            text += f"| {' | '.join((title, *cells.values()))} |\n"
     claimed = {operator for record in systems.values() for operator in record.operators}
     complaints += [f"operator {name} belongs to no system" for name in sorted(set(registry) - claimed)]
-    return text, complaints
+    return text + optimizers, complaints
 
 
 def main(*arguments: str) -> int:
