@@ -8,7 +8,7 @@ import torch
 
 import narrowgauge as ng
 from bench.harness import OURS, Case, Contest, Setting
-from bench.optim.bench_adamw import parameters
+from bench.optim.cases import parameters
 
 # Four blocks of width 256 on the CPU, twelve of width 768 on a GPU: attention and feed-forward matrices.
 BLOCKS = {"cpu": (4, 256), "cuda": (12, 768)}

@@ -8,7 +8,7 @@ import torch
 
 import narrowgauge as ng
 from bench.harness import OURS, Call, Case, Contest, Setting
-from bench.optim.bench_adamw import parameters
+from bench.optim.cases import parameters
 from bench.optim.bench_shampoo import NETWORK, SMALL
 
 
