@@ -3,16 +3,20 @@
 from narrowgauge.optim.adamw import Adam, AdamW
 from narrowgauge.optim.codec import bytes_per_element, decode_state, encode_state
 from narrowgauge.optim.convert import import_bitsandbytes_state, import_torchao_state
+from narrowgauge.optim.galore import GaLoreAdamW
+from narrowgauge.optim.gradnormlorp import GradNormLoRP
 from narrowgauge.optim.master import bf16_stochastic_round, join_master, kahan_add, split_master
 from narrowgauge.optim.muon import Muon, muon_groups, newton_schulz
 from narrowgauge.optim.shampoo import Shampoo
 from narrowgauge.optim.soap import SOAP
 
 __all__ = [
-    "SOAP",
     "Adam",
     "AdamW",
+    "GaLoreAdamW",
+    "GradNormLoRP",
     "Muon",
+    "SOAP",
     "Shampoo",
     "bf16_stochastic_round",
     "bytes_per_element",
