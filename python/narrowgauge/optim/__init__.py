@@ -7,6 +7,7 @@ from narrowgauge.optim.galore import GaLoreAdamW
 from narrowgauge.optim.gradnormlorp import GradNormLoRP
 from narrowgauge.optim.master import bf16_stochastic_round, join_master, kahan_add, split_master
 from narrowgauge.optim.muon import Muon, muon_groups, newton_schulz
+from narrowgauge.optim.normalized import NormalizedSGD, normalized_logistic_step_
 from narrowgauge.optim.shampoo import Shampoo
 from narrowgauge.optim.soap import SOAP
 
@@ -16,6 +17,7 @@ __all__ = [
     "GaLoreAdamW",
     "GradNormLoRP",
     "Muon",
+    "NormalizedSGD",
     "SOAP",
     "Shampoo",
     "bf16_stochastic_round",
@@ -28,5 +30,6 @@ __all__ = [
     "kahan_add",
     "muon_groups",
     "newton_schulz",
+    "normalized_logistic_step_",
     "split_master",
 ]
