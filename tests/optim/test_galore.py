@@ -214,6 +214,19 @@ def test_groups_without_rank_are_adamw_bit_for_bit(dtype: torch.dtype) -> None:
     assert list(optimizer.state_dict()["state"]) == [0, 1, 2, 3, 4]
 
 
+def test_parameters_of_several_dtypes_share_a_group() -> None:
+    dtypes = torch.float32, torch.bfloat16, torch.float64, torch.float16
+    together = [parameters((20, 12), dtype=dtype)[0] for dtype in dtypes]
+    alone = [parameters((20, 12), dtype=dtype)[0] for dtype in dtypes]
+    train(together, ng.optim.GaLoreAdamW(together, rank=4, lr=0.1))
+    optimizers = [ng.optim.GaLoreAdamW([p], rank=4, lr=0.1) for p in alone]
+    for step in range(4):
+        set_gradients(alone, step)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_equal(together, alone)
+
+
 def test_defaults_are_those_of_the_rule_of_the_group() -> None:
     optimizer = ng.optim.GaLoreAdamW(
         [{"params": parameters((3, 3)), "rank": 2}, {"params": parameters((3,))}]
@@ -353,8 +366,12 @@ def test_the_host_rarely_looks_at_the_device(monkeypatch: pytest.MonkeyPatch) ->
     (p,) = parameters((20, 12))
     optimizer = ng.optim.GaLoreAdamW([p], rank=4, update_proj_gap=4, lr=torch.tensor(0.1), weight_decay=0.1)
     looks = []
-    item = Tensor.item
-    monkeypatch.setattr(Tensor, "item", lambda x: looks.append(step) or item(x))
+
+    def watched(original: Any) -> Any:
+        return lambda x: looks.append(step) or original(x)
+
+    for name in ("item", "__bool__", "__float__", "__int__", "tolist"):
+        monkeypatch.setattr(Tensor, name, watched(getattr(Tensor, name)))
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
     for step in range(9):
         set_gradients([p], step)
