@@ -320,6 +320,10 @@ class ElementwiseOptimizer(Checkpoints):
         """What the rule is given: float64 of shape (parameters, numbers), and one number per row."""
         return None, None
 
+    def _new_call(self, group: dict[str, Any], plain: bool, lists: list[list[Any]]) -> Call:
+        """A call for parameters of a group; another class where the step is more than a rule's."""
+        return Call(self, group, plain, lists)
+
     def _begin_step(self, calls: list[Call]) -> None:
         """Runs before the first call of a step changes anything, with all of them."""
 
@@ -535,7 +539,7 @@ class ElementwiseOptimizer(Checkpoints):
                 )
                 if params:
                     lists = [params, grads, states, scales, steps, rests, emas, copies]
-                    calls.append(Call(self, group, flags < 2, lists))
+                    calls.append(self._new_call(group, flags < 2, lists))
                 number += 1
         return calls
 
