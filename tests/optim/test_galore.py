@@ -15,7 +15,7 @@ from tests.optim.test_checkpoint import through_a_file
 from torch import Tensor, nn
 
 import narrowgauge as ng
-from narrowgauge.optim.low_rank import PROJ_TYPES, PROJECTIONS, find_bases, project, project_back, sides
+from narrowgauge.optim.projection import PROJ_TYPES, PROJECTIONS, find_bases, project, project_back, sides
 
 NOT_OURS = ("correct_bias", "no_deprecation_warning")
 
@@ -258,12 +258,25 @@ def test_state_bytes(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     assert state_bytes(optimizer, p) == 2 * (rank * 96 + 4 * rank * 96 // 256) + 4 * rank * 64
 
 
-def test_int8_states_stay_near_fp32() -> None:
-    narrow, wide = parameters((96, 64)), parameters((96, 64))
-    train(narrow, ng.optim.GaLoreAdamW(narrow, rank=16, state_dtype="int8", update_proj_gap=5), 12)
-    train(wide, ng.optim.GaLoreAdamW(wide, rank=16, update_proj_gap=5), 12)
+@pytest.mark.parametrize("state_dtype", ["bf16", "int8", "int4", "fp8", "fp8_expanded", "int8_companded"])
+def test_narrow_states(state_dtype: str) -> None:
+    """They take the bytes of their format, and training stays near that with float32 ones."""
+    narrow, wide, rank = parameters((96, 64)), parameters((96, 64)), 16
+    optimizer = ng.optim.GaLoreAdamW(narrow, rank=rank, state_dtype=state_dtype, update_proj_gap=5)
+    train(narrow, optimizer, 12)
+    train(wide, ng.optim.GaLoreAdamW(wide, rank=rank, update_proj_gap=5), 12)
     moved = (wide[0] - parameters((96, 64))[0]).norm()
-    assert 0 < (narrow[0] - wide[0]).norm() < 0.05 * moved
+    assert 0 < (narrow[0] - wide[0]).norm() < (0.4 if state_dtype == "int4" else 0.1) * moved
+    moments = 2 * rank * 96 * ng.optim.bytes_per_element(state_dtype)
+    assert state_bytes(optimizer, narrow[0]) == moments + 4 * rank * 64
+
+    decoded = optimizer.dequantized_state_dict()
+    plain = ng.optim.GaLoreAdamW(parameters((96, 64)), rank=rank)
+    if state_dtype != "bf16":
+        plain.load_state_dict(decoded)
+        (state,) = plain.state.values()
+        assert state["exp_avg"].shape == (96, rank)
+        assert (state["exp_avg_sq"] >= 0).all()
 
 
 def test_bfloat16_is_rounded_once() -> None:
@@ -276,6 +289,63 @@ def test_bfloat16_is_rounded_once() -> None:
         ng.optim.GaLoreAdamW(params, **options).step()
     difference = (narrow[0].float() - wide[0]).abs()
     assert (difference <= wide[0].abs() * 2.0**-8 * 1.0001).all()
+
+
+@pytest.mark.parametrize("how", ["nearest", "stochastic", "kahan", "split"])
+@pytest.mark.parametrize("shape", [(64, 48), (16, 3, 4, 4)])
+def test_small_updates_of_bfloat16_parameters(how: str, shape: tuple[int, ...]) -> None:
+    """Each is far below the distance to the next bfloat16: rounded to nearest, nothing ever moves."""
+    narrow = nn.Parameter(torch.full(shape, 8.0, dtype=torch.bfloat16))
+    wide = nn.Parameter(torch.full(shape, 8.0))
+    options = {"rank": 1, "lr": 2.0**-6, "scale": 1.0, "eps": 0.0}
+    for p in (narrow, wide):
+        optimizer = ng.optim.GaLoreAdamW([p], param_update=how, **options)
+        p.grad = torch.ones_like(p)
+        for _ in range(64):
+            optimizer.step()
+    target = wide.detach().mean().item() - 8
+    assert target < -0.1
+    moved = narrow.detach().double().mean().item() - 8
+    assert moved == 0 if how == "nearest" else abs(moved - target) <= 2.0**-6  # half the distance
+
+
+def test_averages_copies_clipping_and_zeroed_gradients() -> None:
+    """What every optimizer offers, over groups with and without a rank together."""
+    shapes = [(20, 12), (7,), (4, 3, 2)]
+    ours, theirs = parameters(*shapes), parameters(*shapes)
+
+    def new(params: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+        groups = [{"params": [params[0], params[2]], "rank": 2}, {"params": params[1:2]}]
+        return ng.optim.GaLoreAdamW(groups, lr=0.1, weight_decay=0.1, **options)
+
+    optimizer, expected = new(ours, ema_decay=0.75), new(theirs)
+    copies = {p: torch.zeros_like(p, dtype=torch.bfloat16) for p in ours}
+    optimizer.attach_copies(copies)
+    averages = [p.detach().clone() for p in theirs]
+    for step in range(3):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        norm = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+        expected.step()
+        optimizer.step(max_grad_norm=0.5, zero_grad=True)
+        torch.testing.assert_close(optimizer.last_grad_norm, norm)
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            assert (p.grad == 0).all()
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+            averages[i] = 0.75 * averages[i] + 0.25 * p.detach()
+            torch.testing.assert_close(optimizer.state[p]["ema"], averages[i])
+            assert torch.equal(copies[p], p.detach().bfloat16())
+
+
+def test_a_norm_that_is_not_finite_skips_the_step() -> None:
+    params = parameters((20, 12), (7,))
+    before = [p.detach().clone() for p in params]
+    optimizer = ng.optim.GaLoreAdamW([{"params": params[:1], "rank": 3}, {"params": params[1:]}])
+    set_gradients(params, 0)
+    params[1].grad[2] = torch.nan
+    optimizer.step(max_grad_norm=1.0)
+    assert_equal(params, before)
+    assert optimizer.state[params[0]]["step"] == optimizer.state[params[1]]["step"] == 0
 
 
 def layouts() -> list[Any]:
@@ -459,8 +529,11 @@ def changed(key: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (lambda: changed("exp_avg", torch.zeros(20, 12)), r"exp_avg must be a tensor of shape \(20, 3\)"),
-        (lambda: changed("projection", "svd"), r"projection must be a tensor of shape \(3, 12\), got str"),
+        (
+            lambda: changed("exp_avg", torch.zeros(20, 12)),
+            r"exp_avg has shape \(20, 12\), expected \(20, 3\)",
+        ),
+        (lambda: changed("projection", "svd"), "projection must be a tensor, got str"),
         (
             lambda: changed("projection", torch.zeros(3, 12, dtype=torch.int64)),
             "projection has dtype torch.int64",
@@ -552,8 +625,8 @@ def test_compiled_step_gives_the_bits_of_an_eager_one() -> None:
         ({"rank": 2, "scale": -1.0}, "scale must be a finite number >= 0, got -1.0"),
         ({"rank": 2, "proj_type": "both"}, "proj_type must be one of 'std', .*; got 'both'"),
         ({"rank": 2, "projection": "qr"}, "projection must be one of 'svd', .*; got 'qr'"),
-        ({"rank": 2, "amsgrad": True}, "amsgrad must be False in a group with low-rank states, got True"),
-        ({"rank": 2, "param_update": "stochastic"}, "param_update must be 'nearest' in a group"),
+        ({"rank": 2, "amsgrad": True}, "amsgrad must be False in a group with low-rank states"),
+        ({"rank": 2, "cautious": True}, "cautious must be False in a group with low-rank states"),
         ({"rank": 2, "lr": -1.0}, "lr must be"),
         ({"eps": -1.0}, "eps must be"),
     ],
@@ -603,13 +676,13 @@ def test_trains_a_matrix_factorization(projection: str) -> None:
     optimizer = ng.optim.GaLoreAdamW(
         [p], lr=0.05, rank=4, scale=1.0, update_proj_gap=10, projection=projection
     )
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, 150)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, 100)
     losses = []
-    for _ in range(150):
+    for _ in range(100):
         optimizer.zero_grad()
         loss = (p - target).square().sum()
         loss.backward()
         optimizer.step()
         scheduler.step()
         losses.append(loss.item())
-    assert losses[-1] < 1e-2 * losses[0]
+    assert losses[-1] < 0.1 * losses[0]

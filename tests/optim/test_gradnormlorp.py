@@ -15,7 +15,7 @@ from tests.optim.test_galore import NOT_OURS, state_bytes
 from torch import Tensor, nn
 
 import narrowgauge as ng
-from narrowgauge.optim.low_rank import project_back, sides
+from narrowgauge.optim.projection import project_back, sides
 
 # --- compat="reference" -------------------------------------------------------------------------------------
 
@@ -161,16 +161,16 @@ def test_the_gradient_splits_into_gain_and_direction() -> None:
 )
 def test_training_changes_the_parameter(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    target, p = torch.randn(80, 60), nn.Parameter(torch.randn(80, 60))
-    optimizer = ng.optim.GradNormLoRP([p], lr=0.02, rank=20, update_proj_gap=10, **options)
+    target, p = torch.randn(80, 52), nn.Parameter(torch.randn(80, 52))
+    optimizer = ng.optim.GradNormLoRP([p], lr=0.02, rank=20, update_proj_gap=20, **options)
     losses = []
-    for _ in range(200):
+    for _ in range(120):
         optimizer.zero_grad()
         loss = (p - target).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_rows_of_zeros_move() -> None:
@@ -284,6 +284,42 @@ def test_scaled_gradients_and_skipped_steps(options: dict[str, Any]) -> None:
             expected.step()
             torch.testing.assert_close(scaled[0], plain[0], rtol=0, atol=1e-6)
     assert optimizer.state[scaled[0]]["step"] == 3
+
+
+@pytest.mark.parametrize("how", ["nearest", "stochastic", "kahan", "split"])
+def test_small_updates_of_bfloat16_parameters(how: str) -> None:
+    narrow, wide = (
+        nn.Parameter(torch.full((64, 48), 8.0, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)
+    )
+    for p in (narrow, wide):
+        optimizer = ng.optim.GradNormLoRP([p], rank=2, lr=0.02, eps=1e-3, param_update=how)
+        p.grad = torch.ones_like(p)
+        for _ in range(64):
+            optimizer.step()
+    target = wide.detach().mean().item() - 8
+    assert abs(target) > 2.0**-6
+    moved = narrow.detach().double().mean().item() - 8
+    assert moved == 0 if how == "nearest" else abs(moved - target) < 0.2 * abs(target)
+
+
+def test_clipping_averages_and_zeroed_gradients() -> None:
+    ours, theirs = parameters((20, 12), (7,)), parameters((20, 12), (7,))
+    optimizers = []
+    for params, options in ((ours, {"ema_decay": 0.5}), (theirs, {})):
+        groups = [{"params": params[:1], "rank": 3}, {"params": params[1:]}]
+        optimizers.append(ng.optim.GradNormLoRP(groups, lr=0.1, eps=1e-3, **options))
+    average = ours[0].detach().clone()
+    for step in range(3):
+        for params in (ours, theirs):
+            set_gradients(params, step)
+        torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+        optimizers[1].step()
+        optimizers[0].step(max_grad_norm=0.5, zero_grad=True)
+        average = 0.5 * average + 0.5 * ours[0].detach()
+        for p, q in zip(ours, theirs, strict=True):
+            assert (p.grad == 0).all()
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+    torch.testing.assert_close(optimizers[0].state[ours[0]]["ema"], average)
 
 
 @pytest.mark.parametrize("compat", [None, "reference"])

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from narrowgauge.ops import system
-from narrowgauge.optim.base import ElementwiseOptimizer, Params
-from narrowgauge.optim.low_rank import (
-    LowRankOptimizer,
-    adam_updates,
-    compute_dtype,
-    factors,
-    matrix,
-    project,
-)
+from narrowgauge.optim.base import Common, ElementwiseOptimizer, Params
+from narrowgauge.optim.low_rank import LowRankCall, LowRankOptimizer
+from narrowgauge.optim.projection import factors, project
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Arguments left at None: in groups with a rank, and in groups without.
 OWN_DEFAULTS = {"eps": (1e-6, 1e-8), "weight_decay": (0.0, 1e-2)}
@@ -26,17 +23,6 @@ def _with_defaults(group: dict[str, Any]) -> dict[str, Any]:
     given = {name: group[name] for name in OWN_DEFAULTS if group[name] is not None}
     number = 0 if group["rank"] is not None else 1
     return group | {name: values[number] for name, values in OWN_DEFAULTS.items()} | given
-
-
-def _add_product(p: Tensor, left: Tensor, right: Tensor, decay: float | Tensor) -> None:
-    """p <- decay p + left right, rounded once."""
-    if isinstance(decay, float) and p.dim() == 2 and p.dtype is left.dtype:
-        p.addmm_(left, right, beta=decay)
-        return
-    wide = matrix(p, left.dtype)
-    if isinstance(decay, Tensor):
-        wide, decay = wide * decay, 1.0
-    p.copy_(torch.addmm(wide, left, right, beta=decay).view(p.shape))
 
 
 class GaLoreAdamW(LowRankOptimizer):
@@ -68,14 +54,10 @@ class GaLoreAdamW(LowRankOptimizer):
             ``"right"`` the columns, ``"full"`` both.
         projection: How the basis is found: ``"svd"``; ``"randomized"``, an approximate one many times faster; or
             ``"subspace"``, power iterations that start from the basis before.
-        maximize: Go up instead of down.
-        foreach, fused, capturable: Accepted for compatibility. Groups with a rank cannot be captured in a CUDA graph.
-        differentiable: Must be False.
-        state_dtype: ``"fp32"``, or ``"int8"`` for 8-bit blockwise moments of parameters with at least
-            `min_quantized_size` elements; the basis is not quantized.
-        param_update: As in `narrowgauge.optim.AdamW`, in groups without a rank; ``"nearest"`` in the others.
-        seed: Seed of the stochastic rounding and of the randomized basis.
-        min_quantized_size: Smaller parameters keep fp32 states.
+        cautious: As in `AdamW`; only in groups without a rank.
+        **common: See `narrowgauge.optim.base.Common`. Of a projected parameter `state_dtype` says how the moments are
+            stored, not the basis, and `seed` also seeds a randomized basis. Groups with a rank cannot be captured in a
+            CUDA graph.
 
     Raises:
         ValueError: For arguments out of range, parameters with a rank that are no real matrices or are sharded, and
@@ -97,42 +79,24 @@ class GaLoreAdamW(LowRankOptimizer):
         scale: float = 0.25,
         proj_type: str = "std",
         projection: str = "svd",
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        state_dtype: str = "fp32",
-        param_update: str = "nearest",
-        seed: int = 0,
-        min_quantized_size: int = 4096,
+        cautious: bool = False,
+        **common: Unpack[Common],
     ) -> None:
         self._until_look = {}
-        ElementwiseOptimizer.__init__(
-            self,
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "amsgrad": amsgrad,
-                "rank": rank,
-                "update_proj_gap": update_proj_gap,
-                "scale": scale,
-                "proj_type": proj_type,
-                "projection": projection,
-                "maximize": maximize,
-                "foreach": foreach,
-                "capturable": capturable,
-                "differentiable": differentiable,
-                "fused": fused,
-                "state_dtype": state_dtype,
-                "param_update": param_update,
-                "seed": seed,
-                "min_quantized_size": min_quantized_size,
-            },
-        )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "cautious": cautious,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "proj_type": proj_type,
+            "projection": projection,
+        }
+        ElementwiseOptimizer.__init__(self, params, defaults, common)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(_with_defaults(group))
@@ -141,42 +105,25 @@ class GaLoreAdamW(LowRankOptimizer):
         super().add_param_group(param_group)
         self.param_groups[-1].update(_with_defaults(self.param_groups[-1]))
 
-    def _low_rank_step(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        lr: float | Tensor,
-        grad_scale: Tensor | None,
-        skipped: Tensor | None,
-    ) -> None:
-        states = [self.state[p] for p in params]
-        bases, lows = [], []
-        for p in params:
-            assert p.grad is not None
-            g = matrix(p.grad, compute_dtype(p))
-            bases.append(self._bases(group, p, g, skipped))
-            low = project(g, *bases[-1])
-            if grad_scale is not None:
-                low.div_(grad_scale)
-            lows.append(low.neg_() if group["maximize"] else low)
-
-        moments = [[self._read(state, name) for state in states] for name in ("exp_avg", "exp_avg_sq")]
-        if skipped is not None:  # written below, where the flag allows
-            moments = [[moment.clone() for moment in each] for each in moments]
-        exp_avgs, exp_avg_sqs = moments
-        steps = [state["step"] + 1 for state in states]
-        updates = adam_updates(lows, exp_avgs, exp_avg_sqs, steps, lr, group["betas"], group["eps"])
-        decay = 1.0 - lr * group["weight_decay"] if group["weight_decay"] else 1.0
-        for i, (p, state, update) in enumerate(zip(params, states, updates, strict=True)):
-            update.mul_(-group["scale"] * decay)
-            kept = decay
-            if skipped is not None:
-                update = torch.where(skipped, 0, update)
-                kept = torch.where(skipped, 1.0, decay) if group["weight_decay"] else decay
-            _add_product(p, *factors(update, *bases[i]), kept)
-            self._write(state, "exp_avg", exp_avgs[i], skipped)
-            self._write(state, "exp_avg_sq", exp_avg_sqs[i], skipped)
-            self._write(state, "step", steps[i], skipped)
+    def _low_rank_step(self, call: LowRankCall) -> None:
+        group, bases, lows = call.group, [], []
+        for i in range(len(call.params)):
+            g = call.gradient(i)
+            bases.append(self._bases(call, i, g))
+            lows.append(project(g, *bases[i]))
+        updates = call.adam(call.whole, lows, ("exp_avg", "exp_avg_sq"), scaled=True)
+        decay = call.decay()
+        for i, (p, update) in enumerate(zip(call.params, updates, strict=True)):
+            if call.is_plain(i):
+                # One pass: p <- decay p - (decay scale update) Q.
+                if isinstance(decay, Tensor):
+                    p.mul_(decay)
+                update.mul_(-group["scale"] * decay)
+                beta = 1.0 if isinstance(decay, Tensor) else decay
+                p.addmm_(*factors(update, *bases[i]), beta=beta)
+            else:
+                delta = torch.mm(*factors(update.mul_(group["scale"]), *bases[i]))
+                call.subtract(i, delta, group["weight_decay"])
 
 
 system(
@@ -185,11 +132,7 @@ system(
     source="arXiv 2403.03507",
     page="optim/galore.md",
     modules=("optim.GaLoreAdamW",),
+    operators=("low_rank_",),
     golden=("galore",),
     bench=("galore",),
-    reasons={
-        "reference": "PyTorch's matmuls and decompositions",
-        "cpu": "PyTorch's matmuls and decompositions",
-        "cuda": "PyTorch's matmuls and decompositions",
-    },
 )

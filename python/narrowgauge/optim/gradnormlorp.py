@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from narrowgauge.ops import checks, system
-from narrowgauge.optim.base import ElementwiseOptimizer, Params, check_range
+from narrowgauge.optim.base import Common, ElementwiseOptimizer, Params, check_range
 from narrowgauge.optim.low_rank import (
+    LowRankCall,
     LowRankOptimizer,
-    adam_updates,
     compute_dtype,
+    low_shape,
     matrix,
     matrix_shape,
-    project,
-    project_back,
 )
+from narrowgauge.optim.master import join_master
+from narrowgauge.optim.projection import project, project_back
 
 # What the released optimizer keeps: the weights before normalization, their gain, and two pairs of moments.
 REFERENCE_MOMENTS = ("exp_avg_v", "exp_avg_sq_v", "exp_avg_g", "exp_avg_sq_g")
@@ -73,15 +74,12 @@ class GradNormLoRP(LowRankOptimizer):
         update_proj_gap: A new basis is found at every so many steps.
         scale: Factor of the update of the directions, where there is a rank.
         proj_type: As in `GaLoreAdamW`; ``"full"`` projects on both sides, as the paper's formula does.
-        state_dtype: ``"fp32"``, or ``"int8"`` for 8-bit blockwise moments of the directions of parameters with at
-            least `min_quantized_size` elements; bases and gains are not quantized.
+        state_dtype: How the directions' moments are stored, as in `AdamW`; bases and gains stay float32.
         compat: None, or ``"reference"`` for the behaviour of the released `LowRankWeightNormAdamW`: the gains do not
             accumulate, and a full copy of the parameter is kept. For vectors and matrices, with fp32 states.
         lr_gain: Learning rate of the gains as a multiple of `lr`; 0 freezes the norms of the rows.
         projection: How the basis is found, as in `GaLoreAdamW`.
-        maximize: Go up instead of down.
-        seed: Seed of a randomized basis.
-        min_quantized_size: Smaller parameters keep fp32 states.
+        **common: See `narrowgauge.optim.base.Common`; `seed` also seeds a randomized basis.
 
     Raises:
         ValueError: For arguments out of range, parameters that do not fit, and state dicts that do not; nothing is
@@ -105,35 +103,26 @@ class GradNormLoRP(LowRankOptimizer):
         *,
         lr_gain: float = 1.0,
         projection: str = "svd",
-        maximize: bool = False,
-        seed: int = 0,
-        min_quantized_size: int = 4096,
+        **common: Any,
     ) -> None:
         self._until_look = {}
-        ElementwiseOptimizer.__init__(
-            self,
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "amsgrad": False,
-                "rank": rank,
-                "update_proj_gap": update_proj_gap,
-                "scale": scale,
-                "proj_type": proj_type,
-                "projection": projection,
-                "compat": compat,
-                "lr_gain": lr_gain,
-                "maximize": maximize,
-                "differentiable": False,
-                "state_dtype": state_dtype,
-                "param_update": "nearest",
-                "seed": seed,
-                "min_quantized_size": min_quantized_size,
-            },
-        )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": False,
+            "cautious": False,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "proj_type": proj_type,
+            "projection": projection,
+            "compat": compat,
+            "lr_gain": lr_gain,
+        }
+        storage = cast("Common", {**common, "state_dtype": state_dtype})
+        ElementwiseOptimizer.__init__(self, params, defaults, storage)
 
     def _is_own(self, group: dict[str, Any]) -> bool:
         return True
@@ -158,108 +147,61 @@ class GradNormLoRP(LowRankOptimizer):
             )
 
     def _moment_shapes(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[int, ...]]:
-        low, rows = self._low_shape(group, p), matrix_shape(p)[0]
+        low, rows = low_shape(group, p), matrix_shape(p)[0]
         if group["compat"] is not None:
-            full, gain = matrix_shape(p), (rows, 1)
-            return {"v": full, "g": gain} | dict(zip(REFERENCE_MOMENTS, (low, low, gain, gain), strict=True))
+            shapes = matrix_shape(p), (rows, 1), low, low, (rows, 1), (rows, 1)
+            return dict(zip(("v", "g", *REFERENCE_MOMENTS), shapes, strict=True))
         return {"exp_avg": low, "exp_avg_sq": low, "exp_avg_gain": (rows,), "exp_avg_sq_gain": (rows,)}
 
-    def _init_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
-        state = super()._init_state(group, p)
+    def _init_own(self, group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
         if group["compat"] is not None:
             state["v"].copy_(matrix(p, compute_dtype(p)))
-        return state
 
-    def _low_rank_step(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        lr: float | Tensor,
-        grad_scale: Tensor | None,
-        skipped: Tensor | None,
-    ) -> None:
-        step = self._normalized_step if group["compat"] is None else self._reference_step
-        decay = 1.0 - lr * group["weight_decay"] if group["weight_decay"] else 1.0
-        for p in params:
-            assert p.grad is not None
-            g = matrix(p.grad, compute_dtype(p))
-            if grad_scale is not None:
-                g = g / grad_scale
-            new = step(group, p, -g if group["maximize"] else g, lr, decay, skipped)
-            p.copy_(
-                (new if skipped is None else torch.where(skipped, matrix(p, new.dtype), new)).view(p.shape)
-            )
+    def _low_rank_step(self, call: LowRankCall) -> None:
+        """Every parameter by itself: the gradients of its directions are as large as it is."""
+        step = self._normalized_step if call.group["compat"] is None else self._reference_step
+        for i, p in enumerate(call.params):
+            g = call.gradient(i)
+            if call.grad_scale is not None:
+                g = g / call.grad_scale
+            if call.clip is not None:
+                g = g * call.clip
+            split = call.param_update == "split"
+            w = matrix(join_master(p, call.rests[i]) if split else p, g.dtype)
+            call.subtract(i, w - step(call, i, w, -g if call.group["maximize"] else g))
 
-    def _normalized_step(
-        self,
-        group: dict[str, Any],
-        p: Tensor,
-        g: Tensor,
-        lr: float | Tensor,
-        decay: float | Tensor,
-        skipped: Tensor | None,
-    ) -> Tensor:
-        state = self.state[p]
-        norms, rows, along, across = tangent(matrix(p, g.dtype), g)
-        basis = self._bases(group, p, across, skipped)
-        names = ("exp_avg", "exp_avg_sq"), ("exp_avg_gain", "exp_avg_sq_gain")
-        gradients = project(across, *basis), along.flatten()
-        update, gain_update = self._adam(group, state, names, gradients, lr, skipped)
+    def _normalized_step(self, call: LowRankCall, i: int, w: Tensor, g: Tensor) -> Tensor:
+        group, whole = call.group, call.whole[i : i + 1]
+        norms, rows, along, across = tangent(w, g)
+        basis = self._bases(call, i, across)
+        (update,) = call.adam(whole, [project(across, *basis)], ("exp_avg", "exp_avg_sq"), last=False)
+        (gain_update,) = call.adam(whole, [along.flatten()], ("exp_avg_gain", "exp_avg_sq_gain"))
         if basis[1]:
             update.mul_(group["scale"])
         new = rows - project_back(update, *basis)
-        gains = (norms - group["lr_gain"] * gain_update[:, None]) * decay
+        gains = (norms - group["lr_gain"] * gain_update[:, None]) * call.decay()
         new_norms = _norm(new)
         # The ratio first: it is exactly 1 for a row that does not move.
         return new * torch.where(new_norms == 0, 0, gains / new_norms)
 
-    def _reference_step(
-        self,
-        group: dict[str, Any],
-        p: Tensor,
-        g: Tensor,
-        lr: float | Tensor,
-        decay: float | Tensor,
-        skipped: Tensor | None,
-    ) -> Tensor:
+    def _reference_step(self, call: LowRankCall, i: int, w: Tensor, g: Tensor) -> Tensor:
         """What the released code does: the gain starts every step from the norm of `v`, whatever it was before."""
-        state = self.state[p]
+        group, whole = call.group, call.whole[i : i + 1]
+        state = self.state[whole[0]]
         v = state["v"]
         norms = _norm(v)
         # The released projector decomposes in float32.
-        where, bases = self._bases(group, p, g.float(), skipped)
-        names = REFERENCE_MOMENTS[:2], REFERENCE_MOMENTS[2:]
-        gradients = project(g, where, bases), (g * (v / norms)).sum(1, keepdim=True)
-        update, gain_update = self._adam(group, state, names, gradients, lr, skipped)
-        if bases:
+        basis = self._bases(call, i, g.float())
+        along = (g * (v / norms)).sum(1, keepdim=True)
+        (update,) = call.adam(whole, [project(g, *basis)], REFERENCE_MOMENTS[:2], last=False)
+        (gain_update,) = call.adam(whole, [along], REFERENCE_MOMENTS[2:])
+        if basis[1]:
             update.mul_(group["scale"])
-        new_v = (v - project_back(update, where, bases)) * decay
-        gains = (norms - gain_update) * decay
-        self._write(state, "v", new_v, skipped)
-        self._write(state, "g", gains, skipped)
+        decay = call.decay()
+        new_v, gains = (v - project_back(update, *basis)) * decay, (norms - gain_update) * decay
+        call.write(state["v"], new_v)
+        call.write(state["g"], gains)
         return gains * (new_v / _norm(new_v))
-
-    def _adam(
-        self,
-        group: dict[str, Any],
-        state: dict[str, Any],
-        names: tuple[tuple[str, ...], ...],
-        gradients: tuple[Tensor, ...],
-        lr: float | Tensor,
-        skipped: Tensor | None,
-    ) -> list[Tensor]:
-        """Adam's updates by pairs of moments, which are written together with the counter."""
-        first, second = ([self._read(state, pair[k]) for pair in names] for k in range(2))
-        if skipped is not None:
-            first, second = ([moment.clone() for moment in moments] for moments in (first, second))
-        step = state["step"] + 1
-        steps = [step] * len(gradients)
-        updates = adam_updates(list(gradients), first, second, steps, lr, group["betas"], group["eps"])
-        for pair, values in zip(names, zip(first, second, strict=True), strict=True):
-            for name, value in zip(pair, values, strict=True):
-                self._write(state, name, value, skipped)
-        self._write(state, "step", step, skipped)
-        return updates
 
 
 system(
@@ -268,11 +210,7 @@ system(
     source="arXiv 2412.19616",
     page="optim/gradnormlorp.md",
     modules=("optim.GradNormLoRP",),
+    operators=("low_rank_",),
     golden=("gradnormlorp",),
     bench=("gradnormlorp",),
-    reasons={
-        "reference": "PyTorch's matmuls and decompositions",
-        "cpu": "PyTorch's matmuls and decompositions",
-        "cuda": "PyTorch's matmuls and decompositions",
-    },
 )

@@ -1,4 +1,4 @@
-"""Adam in a low-rank basis of each matrix gradient: projections, and what the optimizers built on them share."""
+"""What the optimizers share that keep Adam's moments in a basis of each matrix gradient."""
 
 from __future__ import annotations
 
@@ -10,155 +10,185 @@ import torch
 from torch import Tensor
 
 from narrowgauge.ops import checks
-from narrowgauge.optim import codec
+from narrowgauge.optim import codec, tensors
 from narrowgauge.optim.adamw import AdamW
-from narrowgauge.optim.base import _dtensor, check_range
-from narrowgauge.optim.elementwise import stream_seed
-
-PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
-PROJECTIONS = ("svd", "randomized", "subspace")
-OVERSAMPLING, POWER_ITERATIONS = 8, 2
-
-# --- projections --------------------------------------------------------------------------------------------
+from narrowgauge.optim.base import Call, check_range
+from narrowgauge.optim.checkpoint import Entry
+from narrowgauge.optim.elementwise import Rule, Scalar, integer_power, square_root, stream_seed
+from narrowgauge.optim.projection import PROJ_TYPES, PROJECTIONS, find_bases, sides
+from narrowgauge.optim.rule_samples import PARAM_UPDATES
 
 
-def sides(shape: Sequence[int], proj_type: str) -> tuple[str, ...]:
-    """On which sides a matrix of this shape is projected: "left" acts on its rows, "right" on its columns."""
-    if proj_type == "full":
-        return ("left", "right")
-    if proj_type in ("left", "right"):
-        return (proj_type,)
-    tall = shape[0] >= shape[1]
-    return ("right",) if tall == (proj_type == "std") else ("left",)
-
-
-def find_bases(
-    g: Tensor,
-    rank: int,
-    where: Sequence[str],
-    projection: str = "svd",
-    old: Sequence[Tensor] | None = None,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, ...]:
-    """Orthonormal bases of the dominant part of the matrix `g`: (m, rank) on the left, (rank, n) on the right.
-
-    Elements that are not finite count as zero here; the projected gradient still shows them.
-
-    Args:
-        g: Gradient, (m, n).
-        rank: At most min(m, n).
-        where: Sides, as `sides` gives them.
-        projection: How the basis is found, one of `PROJECTIONS`.
-        old: Bases to start from, for "subspace"; without them it starts like "randomized".
-        generator: CPU generator of the random start.
-    """
-    g = torch.where(g.isfinite(), g, 0)
-    if projection == "svd":
-        # Singular vectors in float32 differ by 1e-5 between LAPACKs; in float64 every CPU gives the same float32 basis.
-        wide = g.double() if g.device.type == "cpu" else g
-        u, _, vh = torch.linalg.svd(wide, full_matrices=False)
-        bases = {"left": u[:, :rank], "right": vh[:rank]}
-        return tuple(bases[side].to(g.dtype).contiguous() for side in where)
-    if g.numel():
-        g = g / g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny)
-    found = []
-    for number, side in enumerate(where):
-        columns = g if side == "left" else g.T
-        if projection == "subspace" and old is not None:
-            basis = _power_iteration(columns, old[number] if side == "left" else old[number].T)
-        else:
-            basis = _range_finder(columns, rank, generator)
-        found.append((basis if side == "left" else basis.T).contiguous())
-    return tuple(found)
-
-
-def _range_finder(a: Tensor, rank: int, generator: torch.Generator | None) -> Tensor:
-    """Halko, Martinsson and Tropp, arXiv 0909.4061: the range of a times random vectors, then the best of it."""
-    count = min(rank + OVERSAMPLING, *a.shape)
-    start = torch.randn(a.shape[1], count, generator=generator, dtype=a.dtype).to(a.device)
-    q = torch.linalg.qr(a @ start).Q
-    for _ in range(POWER_ITERATIONS):
-        q = torch.linalg.qr(a @ torch.linalg.qr(a.T @ q).Q).Q
-    small = q.T @ a
-    vectors = torch.linalg.eigh(small @ small.T).eigenvectors.flip(1)
-    return q @ vectors[:, :rank]
-
-
-def _power_iteration(a: Tensor, basis: Tensor) -> Tensor:
-    for _ in range(POWER_ITERATIONS):
-        basis, triangle = torch.linalg.qr(a @ (a.T @ basis))
-        # Signs as in the basis before: the moments are kept when it changes.
-        basis = basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
-    return basis
-
-
-def project(g: Tensor, where: Sequence[str], bases: Sequence[Tensor]) -> Tensor:
-    """The coordinates of `g` in the bases; `g` itself without any."""
-    for side, basis in zip(where, bases, strict=True):
-        g = basis.T @ g if side == "left" else g @ basis.T
-    return g
-
-
-def factors(low: Tensor, where: Sequence[str], bases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Two matrices whose product has the coordinates `low`."""
-    if len(bases) == 2:
-        return bases[0] @ low, bases[1]
-    return (bases[0], low) if where[0] == "left" else (low, bases[0])
-
-
-def project_back(low: Tensor, where: Sequence[str], bases: Sequence[Tensor]) -> Tensor:
-    """The matrix in the span of the bases that has the coordinates `low`."""
-    return torch.mm(*factors(low, where, bases)) if bases else low
-
-
-# --- the Adam step ------------------------------------------------------------------------------------------
-
-
-def adam_updates(
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    lr: float | Tensor,
-    betas: tuple[float, float],
+def _scalars(
+    variant: int,
+    lr: Tensor,
+    step: Tensor,
+    given: list[Tensor],
+    beta1: float,
+    beta2: float,
     eps: float,
-) -> list[Tensor]:
-    """Moments in place, and what to subtract: lr sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt(v) + eps).
-
-    `steps` count this step already. eps is outside the bias correction, as in the code of GaLore's authors.
-    """
-    beta1, beta2 = betas
-    torch._foreach_mul_(exp_avgs, beta1)
-    torch._foreach_add_(exp_avgs, grads, alpha=1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-    denominators = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_add_(denominators, eps)
-    updates = list(torch._foreach_div(exp_avgs, denominators))
-    t = torch.stack(steps).double()
-    sizes = (1 - beta2**t).sqrt() / (1 - beta1**t) * lr
-    for update, size in zip(updates, sizes.unbind(), strict=True):
-        update.mul_(size)
-    return updates
+    weight_decay: float,
+) -> tuple[Scalar, ...]:
+    correction = (1 - integer_power(beta2, step)).sqrt()
+    step_size = lr * correction / (1 - integer_power(beta1, step))
+    return beta1, 1 - beta1, beta2, 1 - beta2, step_size, eps, 1 - lr * weight_decay
 
 
-def _encode(x: Tensor, *, signed: bool) -> dict[str, Tensor]:
-    codes, scale = codec.encode_state(x, "int8", signed=signed)
-    return {"codes": codes, "scale": scale}
+def _update(
+    variant: int, p: Tensor, g: Tensor, states: list[Tensor], scalars: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    first_keep, first_weight, second_keep, second_weight, step_size, eps, decay = scalars
+    if variant == 1:
+        return (p - g) * decay, states
+    m = first_keep * states[0] + first_weight * g
+    v = second_keep * states[1] + second_weight * g * g
+    return step_size * m / (square_root(v) + eps), [m, v]
 
 
-def _decode(encoded: dict[str, Tensor], *, signed: bool) -> Tensor:
-    return codec.decode_state(encoded["codes"], encoded["scale"], "int8", signed=signed)
+# Variant 0 replaces its parameter, a buffer, by what Adam subtracts, with eps outside the bias correction; variant 1
+# subtracts its gradient, which is that projected back, and decays.
+low_rank_rule = Rule(
+    name="low_rank",
+    options=("beta1", "beta2", "eps", "weight_decay"),
+    signed=((True, False), ()),
+    scalars=_scalars,
+    update=_update,
+    sample_options=(0.9, 0.999, 1e-6, 1e-2),
+)
+
+OWN_OPTIONS = ("rank", "update_proj_gap", "scale", "proj_type", "projection")
 
 
-# --- what the optimizers share ------------------------------------------------------------------------------
+class LowRankCall(Call):
+    """Parameters of one dtype that take a low-rank step together."""
+
+    optimizer: LowRankOptimizer
+
+    @torch._disable_dynamo
+    def step(self, given: Tensor | None = None, rows: Tensor | None = None, zero_grad: bool = False) -> None:
+        self.skipped = None if self.found_inf is None else self.found_inf.reshape(()) != 0
+        self.optimizer._low_rank_step(self)
+        for target, value in self.written_back:
+            target.copy_(value)
+        for p in self.whole if zero_grad else ():
+            assert p.grad is not None
+            self.write(p.grad, torch.zeros_like(p.grad))
+        torch.autograd.graph.increment_version(self.whole)
+
+    def write(self, target: Tensor, value: Tensor) -> None:
+        """Copies, unless the step is skipped."""
+        target.copy_(value if self.skipped is None else torch.where(self.skipped, target, value))
+
+    def gradient(self, i: int) -> Tensor:
+        """Of parameter i, as a matrix in float32 or float64; not yet scaled."""
+        return matrix(self.grads[i], compute_dtype(self.params[i]))
+
+    def adam(
+        self,
+        params: Sequence[Tensor],
+        grads: list[Tensor],
+        names: Sequence[str],
+        *,
+        scaled: bool = False,
+        last: bool = True,
+    ) -> list[Tensor]:
+        """Adam's updates, zero when the step is skipped.
+
+        Args:
+            params: Parameters as the user has them.
+            grads: For each of them a gradient in the shape of the moments.
+            names: The names of the two moments.
+            scaled: Whether the gradients are still to be divided, clipped and negated as the call says.
+            last: Whether the step counters go up.
+        """
+        updates = [torch.zeros_like(g, memory_format=torch.contiguous_format) for g in grads]
+        alike: dict[bool, list[int]] = {}
+        for i, p in enumerate(params):
+            alike.setdefault(f"{names[0]}.codes" in self.optimizer.state[p], []).append(i)
+        for coded, numbers in alike.items():
+            kept = [self.optimizer.state[params[i]] for i in numbers]
+            suffix = ".codes" if coded else ""
+            states = [state[name + suffix] for state in kept for name in names]
+            scales = [state[f"{name}.scale"] for state in kept for name in names] if coded else []
+            steps = [state["step"] if last else state["step"].clone() for state in kept]
+            narrow = states[0].dtype is torch.bfloat16
+            stored = self.group["state_dtype"] if coded or narrow else "fp32"
+            self._rule_step(
+                [updates[i] for i in numbers],
+                [grads[i].contiguous() for i in numbers],
+                states,
+                scales,
+                steps,
+                state_dtype=stored,
+                maximize=self.group["maximize"] and scaled,
+                scalers=(self.grad_scale, self.clip) if scaled else (None, None),
+            )
+        return updates
+
+    def subtract(self, i: int, delta: Tensor, weight_decay: float = 0.0) -> None:
+        """p <- (p - delta) (1 - lr weight_decay), kept as the group wants narrow parameters kept."""
+        p, whole = self.params[i], self.whole[i]
+        stochastic = self.param_update == "stochastic"
+        step = self.optimizer.state[whole]["step"] - 1 if stochastic else torch.zeros((), device=p.device)
+        self._rule_step(
+            [p],
+            [tensors.like(delta.view(p.shape), p)],
+            [],
+            [],
+            [step],
+            variant=1,
+            rest=[self.rests[i : i + 1], self.emas[i : i + 1], self.copies[i : i + 1]],
+            weight_decay=weight_decay,
+            param_update=self.param_update,
+            indices=[self.optimizer._indices[whole]] if stochastic else [],
+        )
+
+    def is_plain(self, i: int) -> bool:
+        """Whether parameter i can be updated by PyTorch's matrix product in place."""
+        p = self.params[i]
+        return p.dim() == 2 and p.dtype is compute_dtype(p) and not self.emas and not self.copies
+
+    def decay(self) -> float | Tensor:
+        """1 - lr weight_decay, and 1 when the step is skipped."""
+        weight_decay = self.group["weight_decay"]
+        if not weight_decay:
+            return 1.0
+        lr = self.lr if self.lr_tensor is None else self.lr_tensor.reshape(())
+        decay = 1.0 - lr * weight_decay
+        return decay if self.skipped is None else torch.where(self.skipped, 1.0, decay)
+
+    def _rule_step(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[Tensor],
+        scales: list[Tensor],
+        steps: list[Tensor],
+        *,
+        variant: int = 0,
+        rest: Sequence[Sequence[Tensor]] = ((), (), ()),
+        weight_decay: float = 0.0,
+        state_dtype: str = "fp32",
+        param_update: str = "nearest",
+        maximize: bool = False,
+        indices: Sequence[int] = (),
+        scalers: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> None:
+        group = self.group
+        rests, emas, copies = (list(each) for each in rest)
+        options = [*group["betas"], group["eps"], weight_decay]
+        numbers = variant, codec.FORMATS[state_dtype].number, PARAM_UPDATES.index(param_update)
+        low_rank_rule.step(
+            *(params, grads, states, scales, steps, rests, emas, copies, None, None),
+            *(self.lr_tensor, self.lr, options, *numbers, maximize, False, group["ema_decay"] or 0.0),
+            *([], group["seed"], list(indices), [0] * len(indices), *scalers, self.found_inf),
+        )
 
 
 class LowRankOptimizer(AdamW):
     """Base of the optimizers that keep their moments in a basis of the gradient.
 
-    A subclass defines `_moment_shapes` and `_low_rank_step`, and says which groups take that step in `_is_own`; the
-    others are `AdamW`.
+    A subclass defines `_low_rank_step`; groups that are not its own, as `_is_own` says, are `AdamW`.
     """
 
     _until_look: dict[Tensor, int]
@@ -169,19 +199,11 @@ class LowRankOptimizer(AdamW):
         return group["rank"] is not None
 
     def _moment_shapes(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[int, ...]]:
-        """The moments by name; those with the shape of the projected gradient may be stored in 8 bits."""
-        low = self._low_shape(group, p)
+        """The moments by name; those with the shape of the projected gradient are stored as `state_dtype` says."""
+        low = low_shape(group, p)
         return {"exp_avg": low, "exp_avg_sq": low}
 
-    def _low_rank_step(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        lr: float | Tensor,
-        grad_scale: Tensor | None,
-        skipped: Tensor | None,
-    ) -> None:
-        """A step over parameters of one device and dtype; `skipped` is a flag on that device."""
+    def _low_rank_step(self, call: LowRankCall) -> None:
         raise NotImplementedError
 
     # --- groups ---
@@ -195,12 +217,9 @@ class LowRankOptimizer(AdamW):
         check_range(name, "scale", group["scale"], 0)
         checks.check_choice(name, "proj_type", group["proj_type"], PROJ_TYPES)
         checks.check_choice(name, "projection", group["projection"], PROJECTIONS)
-        if self._is_own(group):
-            for option, value in (("amsgrad", False), ("param_update", "nearest")):
-                if group[option] != value:
-                    raise ValueError(
-                        f"{name}: {option} must be {value!r} in a group with low-rank states, got {group[option]!r}"
-                    )
+        for option in ("amsgrad", "cautious") if self._is_own(group) else ():
+            if group[option]:
+                raise ValueError(f"{name}: {option} must be False in a group with low-rank states")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
@@ -214,10 +233,10 @@ class LowRankOptimizer(AdamW):
         super().add_param_group(param_group)
 
     def _check_param(self, group: dict[str, Any], p: Tensor) -> None:
-        name, dtensor = type(self).__name__, _dtensor()
+        name = type(self).__name__
         if p.is_complex():
             raise ValueError(f"{name}: a parameter has dtype {p.dtype}; low-rank states are for real ones")
-        if dtensor is not None and isinstance(p, dtensor):
+        if tensors.is_dtensor(p):
             raise ValueError(
                 f"{name}: a parameter is sharded (DTensor), but its basis needs the whole gradient; "
                 "put it into a group with rank=None, or of narrowgauge.optim.AdamW"
@@ -231,100 +250,59 @@ class LowRankOptimizer(AdamW):
         super().__setstate__(state)
         self._until_look = {}
 
-    # --- states ---
+    # --- states: the rule of the base sees none, they are all our own ---
 
-    def _low_shape(self, group: dict[str, Any], p: Tensor) -> tuple[int, ...]:
-        rows, columns = matrix_shape(p)
-        if group["rank"] is None:
-            return rows, columns
-        rank, where = min(group["rank"], rows, columns), sides((rows, columns), group["proj_type"])
-        return rank if "left" in where else rows, rank if "right" in where else columns
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return () if self._is_own(group) else super()._state_names(group)
 
-    def _projection_shapes(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[int, ...]]:
-        if group["rank"] is None:
+    def _signed(self, group: dict[str, Any]) -> tuple[bool, ...]:
+        return () if self._is_own(group) else super()._signed(group)
+
+    def _own_layout(self, group: dict[str, Any], p: Tensor) -> dict[str, Entry]:
+        if not self._is_own(group):
             return {}
-        rows, columns = matrix_shape(p)
-        rank, where = min(group["rank"], rows, columns), sides((rows, columns), group["proj_type"])
-        shapes = {"left": (rows, rank), "right": (rank, columns)}
-        return {"projection" if len(where) == 1 else f"projection_{side}": shapes[side] for side in where}
-
-    def _layout(self, group: dict[str, Any], p: Tensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """The keys of the state of a parameter with low-rank states, without `step`: dtype and shape."""
-        wide, low = compute_dtype(p), self._low_shape(group, p)
-        layout = {name: (wide, shape) for name, shape in self._projection_shapes(group, p).items()}
+        wide, low, record = compute_dtype(p), low_shape(group, p), codec.FORMATS[group["state_dtype"]]
+        layout = {name: _entry(wide, shape) for name, shape in projection_shapes(group, p).items()}
         for name, shape in self._moment_shapes(group, p).items():
-            if shape == low and self._is_quantized(group, p):
-                layout[f"{name}.codes"] = torch.uint8, shape
-                layout[f"{name}.scale"] = torch.float32, (codec.block_count(math.prod(shape)),)
+            if shape == low and self._is_coded(group, p):
+                layout[f"{name}.codes"] = _entry(
+                    record.codes_dtype(_is_signed(name)), record.codes_shape(shape)
+                )
+                layout[f"{name}.scale"] = _entry(record.scale, record.scale_shape(math.prod(shape)))
             else:
-                layout[name] = wide, shape
+                narrow = shape == low and record.name == "bf16" and wide is torch.float32
+                layout[name] = _entry(torch.bfloat16 if narrow else wide, shape)
         return layout
 
-    def _init_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
-        if not self._is_own(group):
-            return super()._init_state(group, p)
-        state = self.state[p]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        for name, (dtype, shape) in self._layout(group, p).items():
-            state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
-        return state
+    def dequantized_state_dict(self) -> dict[str, Any]:
+        result = super().dequantized_state_dict()
+        for group, saved in zip(self.param_groups, result["param_groups"], strict=True):
+            for p, identifier in zip(group["params"], saved["params"], strict=True):
+                state = result["state"].get(identifier, {})
+                for name in [key.removesuffix(".codes") for key in state if key.endswith(".codes")]:
+                    encoded = {part: state.pop(f"{name}.{part}") for part in ("codes", "scale")}
+                    shape, signed = self._moment_shapes(group, p)[name], _is_signed(name)
+                    state[name] = codec.decode_state(
+                        encoded, group["state_dtype"], signed=signed, shape=shape
+                    )
+        return result
 
-    def _read(self, state: dict[str, Any], name: str) -> Tensor:
-        """A moment: the state itself, or what its codes stand for."""
-        if name in state:
-            return state[name]
-        encoded = {part: state[f"{name}.{part}"] for part in ("codes", "scale")}
-        return _decode(encoded, signed="sq" not in name)
-
-    def _write(self, state: dict[str, Any], name: str, value: Tensor, skipped: Tensor | None) -> None:
-        if name in state:
-            parts = {name: value}
-        else:
-            encoded = _encode(value, signed="sq" not in name)
-            parts = {f"{name}.{part}": tensor for part, tensor in encoded.items()}
-        for key, new in parts.items():
-            if new is not state[key]:
-                state[key].copy_(new if skipped is None else torch.where(skipped, state[key], new))
+    def _hyperparameters(self) -> list[str]:
+        return [name for name in super()._hyperparameters() if name not in OWN_OPTIONS]
 
     # --- the step ---
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        if self._is_own(group):
-            self._step_own_group(group)
-        else:
-            super()._step_group(group)
+    def _new_call(self, group: dict[str, Any], plain: bool, lists: list[list[Any]]) -> Call:
+        return (LowRankCall if self._is_own(group) else Call)(self, group, plain, lists)
 
-    @torch._disable_dynamo
-    def _step_own_group(self, group: dict[str, Any]) -> None:
-        alike: dict[Any, list[Tensor]] = {}
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            if p.grad.layout is not torch.strided:
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-            if not self.state[p]:
-                self._init_state(group, p)
-            alike.setdefault((p.device, compute_dtype(p)), []).append(p)
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for (device, dtype), params in alike.items():
-            lr = group["lr"]
-            self._low_rank_step(
-                group,
-                params,
-                lr.to(device, non_blocking=True).reshape(()) if isinstance(lr, Tensor) else lr,
-                None if grad_scale is None else grad_scale.to(device, dtype, non_blocking=True).reshape(()),
-                None if found_inf is None else found_inf.to(device, non_blocking=True).reshape(()) != 0,
-            )
-
-    def _bases(
-        self, group: dict[str, Any], p: Tensor, g: Tensor, skipped: Tensor | None
-    ) -> tuple[tuple[str, ...], list[Tensor]]:
+    def _bases(self, call: LowRankCall, i: int, g: Tensor) -> tuple[tuple[str, ...], list[Tensor]]:
         """Sides and bases in force at this step, found anew from `g` every `update_proj_gap` steps.
 
-        The step counter lives on the device, and stands still when a scaler skips a step. So the host counts calls,
-        which are never fewer, and looks at the counter only when a new basis may be due.
+        The step counter lives on the device, and stands still when a step is skipped. So the host counts calls, which
+        are never fewer, and looks at the counter only when a new basis may be due.
         """
-        names = list(self._projection_shapes(group, p))
+        group, p = call.group, call.whole[i]
+        names = list(projection_shapes(group, p))
         if not names:
             return (), []
         state, where = self.state[p], sides(g.shape, group["proj_type"])
@@ -333,53 +311,18 @@ class LowRankOptimizer(AdamW):
         if left > 0:
             self._until_look[p] = left - 1
             return where, bases
-        if skipped is not None and skipped.item():
+        if call.skipped is not None and call.skipped.item():
             return where, bases
         step, gap = int(state["step"].item()), group["update_proj_gap"]
         self._until_look[p] = gap - 1 - step % gap
         if step % gap == 0:
             generator = torch.Generator()
             generator.manual_seed(stream_seed(stream_seed(group["seed"], self._indices[p]), step) % 2**63)
-            rank = min(group["rank"], *g.shape)
-            old = bases if step else None
+            rank, old = min(group["rank"], *g.shape), bases if step else None
             new = find_bases(g, rank, where, group["projection"], old, generator)
             for basis, value in zip(bases, new, strict=True):
                 basis.copy_(value)
         return where, bases
-
-    # --- checkpoints ---
-
-    def _hyperparameters(self) -> list[str]:
-        own = ("rank", "update_proj_gap", "scale", "proj_type", "projection")
-        return [name for name in super()._hyperparameters() if name not in own]
-
-    def _check_state(self, group: dict[str, Any], p: Tensor, identifier: Any, saved: dict[str, Any]) -> None:
-        if not self._is_own(group):
-            super()._check_state(group, p, identifier, saved)
-            return
-        where, layout = f"the state of parameter {identifier}", self._layout(group, p)
-        if {"step", *layout} != set(saved):
-            raise self._refuse(f"{where} has the keys {sorted(saved)}, expected {sorted({'step', *layout})}")
-        step = saved["step"]
-        step = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
-        if not isinstance(step, (int, float)) or not 0 <= step <= 2**24 or step != int(step):
-            raise self._refuse(f"{where}: step must be a whole number, got {step!r}")
-        for name, (dtype, shape) in layout.items():
-            value = saved[name]
-            if not isinstance(value, Tensor) or value.shape != shape:
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise self._refuse(f"{where}: {name} must be a tensor of shape {shape}, got {got}")
-            if value.is_floating_point() != dtype.is_floating_point:
-                raise self._refuse(f"{where}: {name} has dtype {value.dtype}, expected {dtype}")
-
-    def _loaded_state(self, group: dict[str, Any], p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
-        if not self._is_own(group):
-            return super()._loaded_state(group, p, saved)
-        step = torch.as_tensor(saved["step"]).detach().reshape(())
-        state = {"step": step.to(device=p.device, dtype=torch.float32, copy=True)}
-        for name, (dtype, _) in self._layout(group, p).items():
-            state[name] = saved[name].detach().to(device=p.device, dtype=dtype, copy=True)
-        return state
 
 
 def compute_dtype(p: Tensor) -> torch.dtype:
@@ -396,6 +339,33 @@ def matrix_shape(x: Tensor) -> tuple[int, int]:
 def matrix(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` as a matrix of this dtype, itself where it is one already."""
     return x.to(dtype).reshape(matrix_shape(x))
+
+
+def low_shape(group: dict[str, Any], p: Tensor) -> tuple[int, int]:
+    """The shape of the projected gradient."""
+    rows, columns = matrix_shape(p)
+    if group["rank"] is None:
+        return rows, columns
+    rank, where = min(group["rank"], rows, columns), sides((rows, columns), group["proj_type"])
+    return rank if "left" in where else rows, rank if "right" in where else columns
+
+
+def projection_shapes(group: dict[str, Any], p: Tensor) -> dict[str, tuple[int, int]]:
+    """The bases by their names in the state."""
+    if group["rank"] is None:
+        return {}
+    rows, columns = matrix_shape(p)
+    rank, where = min(group["rank"], rows, columns), sides((rows, columns), group["proj_type"])
+    shapes = {"left": (rows, rank), "right": (rank, columns)}
+    return {"projection" if len(where) == 1 else f"projection_{side}": shapes[side] for side in where}
+
+
+def _is_signed(moment: str) -> bool:
+    return "sq" not in moment
+
+
+def _entry(dtype: torch.dtype, shape: tuple[int, ...]) -> Entry:
+    return Entry(dtype, lambda numel: shape)
 
 
 def _check_count(function: str, name: str, value: Any, or_else: str = "") -> None:

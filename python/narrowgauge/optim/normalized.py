@@ -2,38 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from narrowgauge.ops import checks, system
-from narrowgauge.optim.base import ElementwiseOptimizer, Params, check_range
+from narrowgauge.optim import tensors
+from narrowgauge.optim.base import Call, Common, ElementwiseOptimizer, Params, check_range
+from narrowgauge.optim.elementwise import Rule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 NORMS = ("global", "tensor", "row")
+
+
+def _update(
+    variant: int, p: Tensor, g: Tensor, states: list[Tensor], scalars: list[Tensor], factor: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    lr, momentum = scalars
+    direction = g * factor
+    if variant == 1:
+        direction = momentum * states[0] + direction
+    return p - lr * direction, [direction] if variant == 1 else []
+
+
+# Variant 1: with momentum. The number of each row is one over a norm.
+normalized_sgd_rule = Rule(
+    name="normalized_sgd",
+    options=("momentum",),
+    signed=((), (True,)),
+    scalars=lambda variant, lr, step, given, momentum: (lr, momentum),
+    update=_update,
+    terms=lambda variant, p, g, states, scalars: [g * g],
+    sums=(1, 1),
+    rows=True,
+    sample_options=(0.9,),
+)
 
 
 class NormalizedSGD(ElementwiseOptimizer):
     """Gradient descent whose step has the length of the learning rate, whatever the size of the gradient.
 
-    p <- p - lr g / (|g| + eps); with momentum, buf <- momentum buf + g / (|g| + eps) and p <- p - lr buf. The norm is
-    computed without waiting for the device. Arithmetic is float32 (float64 for float64 parameters); gradients are never
-    modified. State, with momentum: `step` and `momentum_buffer`, float32 for narrow parameters.
+    p <- p - lr g / (|g| + eps); with momentum, buf <- momentum buf + g / (|g| + eps) and p <- p - lr buf. The norm
+    stays on the device. Arithmetic is float32 (float64 for float64 parameters); gradients are never modified. State:
+    `step`, and with momentum `momentum_buffer`.
 
     Args:
-        params: Parameters or parameter groups, of any shape, also complex.
+        params: Parameters or parameter groups; with ``norm="row"`` real ones that are not sharded.
         lr: Learning rate, a number or a tensor: the length of a step.
         momentum: Factor of the buffer.
         norm: Of what the norm is taken: ``"global"``, all gradients of all groups with this word together;
             ``"tensor"``, each gradient; ``"row"``, each index of the first dimension (a vector is one row).
         eps: Added to the norm.
-        maximize: Go up instead of down.
+        **common: See `narrowgauge.optim.base.Common`.
 
     Raises:
         ValueError: For arguments out of range, and state dicts that do not fit; nothing is changed.
         RuntimeError: For sparse gradients.
     """
+
+    _rule = normalized_sgd_rule
 
     def __init__(
         self,
@@ -42,135 +72,55 @@ class NormalizedSGD(ElementwiseOptimizer):
         momentum: float = 0,
         norm: str = "global",
         eps: float = 1e-8,
-        *,
-        maximize: bool = False,
+        **common: Unpack[Common],
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "norm": norm,
-                "eps": eps,
-                "maximize": maximize,
-                "differentiable": False,
-                "state_dtype": "fp32",
-                "param_update": "nearest",
-                "seed": 0,
-                "min_quantized_size": 0,
-            },
-        )
+        super().__init__(params, {"lr": lr, "momentum": momentum, "norm": norm, "eps": eps}, common)
 
     def _check_options(self, group: dict[str, Any]) -> None:
         check_range("NormalizedSGD", "momentum", group["momentum"], 0)
         check_range("NormalizedSGD", "eps", group["eps"], 0)
         checks.check_choice("NormalizedSGD", "norm", group["norm"], NORMS)
-        for option, value in (("state_dtype", "fp32"), ("param_update", "nearest")):
-            if group[option] != value:
-                raise ValueError(f"NormalizedSGD: {option} must be {value!r}, got {group[option]!r}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict) and {**self.defaults, **param_group}["norm"] == "row":
+            params = param_group["params"]
+            param_group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
+            for p in params:
+                tensor = p[1] if isinstance(p, tuple) else p
+                if isinstance(tensor, Tensor) and (tensor.is_complex() or tensors.is_dtensor(tensor)):
+                    raise ValueError(
+                        "NormalizedSGD: norm='row' takes real parameters that are not sharded, got "
+                        f"{type(tensor).__name__} of {tensor.dtype}; use norm='tensor'"
+                    )
+        super().add_param_group(param_group)
+
+    def _variant(self, group: dict[str, Any]) -> int:
+        return 1 if group["momentum"] else 0
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Performs one step.
+    def _options(self, group: dict[str, Any]) -> list[float]:
+        return [group["momentum"]]
 
-        Args:
-            closure: Reevaluates the model and returns the loss.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        updated: list[list[Tensor]] = [[] for _ in self.param_groups]
-        gradients: list[list[Tensor]] = [[] for _ in self.param_groups]
-        for group, params, grads in zip(self.param_groups, updated, gradients, strict=True):
-            for p in group["params"]:
-                if p.grad is not None:
-                    if p.grad.layout is not torch.strided:
-                        raise RuntimeError("NormalizedSGD does not support sparse gradients")
-                    params.append(p)
-                    grads.append(p.grad)
-        everything = [
-            norm
-            for group, grads in zip(self.param_groups, gradients, strict=True)
-            if group["norm"] == "global"
-            for norm in _norms(grads)
-        ]
-        whole = _norm_of_norms(everything)
-        for group, params, grads in zip(self.param_groups, updated, gradients, strict=True):
-            if group["norm"] == "global":
-                norms = [whole] * len(params)
-            elif group["norm"] == "tensor":
-                norms = _norms(grads)
-            else:
-                norms = [_row_norms(g) for g in grads]
-            for p, g, norm in zip(params, grads, norms, strict=True):
-                self._move(group, p, g, norm)
-        return loss
+    def _row_length(self, group: dict[str, Any], p: Tensor) -> int:
+        return super()._row_length(group, p) if group["norm"] == "row" else p.numel()
 
-    def _move(self, group: dict[str, Any], p: Tensor, g: Tensor, norm: Tensor) -> None:
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        norm, lr = norm.to(p.device, non_blocking=True), group["lr"]
-        if grad_scale is not None:
-            scale = grad_scale.to(p.device, non_blocking=True).reshape(()).to(norm.dtype)
-            factor = 1 / ((norm / scale + group["eps"]) * scale)
+    def _begin_step(self, calls: list[Call]) -> None:
+        of_all = [call for call in calls if call.group["norm"] == "global"]
+        if of_all:
+            device = of_all[0].device
+            self._global = torch.stack([call.sums().sum().to(device) for call in of_all]).sum()
+
+    def _given(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
+        if call.group["norm"] == "global":
+            squared = self._global.to(call.device).expand(len(call.params))
         else:
-            factor = 1 / (norm + group["eps"])
+            squared = call.sums()[:, 0]
+        norm = squared.sqrt()
         # A gradient of zeros does not move, also with eps = 0.
-        factor = torch.where(norm == 0, 0, -factor if group["maximize"] else factor)
-        if isinstance(lr, Tensor):
-            lr = lr.to(p.device, norm.dtype, non_blocking=True).reshape(())
-        skipped = None
-        if found_inf is not None:
-            skipped = found_inf.to(p.device, non_blocking=True).reshape(()) != 0
-
-        wide = _wide(p.dtype) or p.dtype
-        in_place = skipped is None and wide == p.dtype
-        new, g = (p if in_place else p.to(wide, copy=True)), g.to(wide)
-        if group["momentum"]:
-            state = self.state[p] or self._init_state(group, p)
-            old = state["momentum_buffer"]
-            buffer = old if skipped is None else old.clone()
-            buffer.mul_(group["momentum"]).addcmul_(g, factor)
-            new.sub_(buffer * lr)
-            state["step"].add_(1 if skipped is None else torch.where(skipped, 0, 1))
-            if skipped is not None:
-                old.copy_(torch.where(skipped, old, buffer))
-        else:
-            new.addcmul_(g, factor * lr, value=-1)
-        if not in_place:
-            p.copy_(new if skipped is None else torch.where(skipped, p, new))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype | None:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
-
-
-def _norms(grads: list[Tensor]) -> list[Tensor]:
-    """The norm of each tensor, float32 or float64."""
-    alike: dict[Any, list[int]] = {}
-    for i, g in enumerate(grads):
-        alike.setdefault((g.device, g.dtype), []).append(i)
-    norms: dict[int, Tensor] = {}
-    for (_, dtype), indices in alike.items():
-        found = torch._foreach_norm([grads[i] for i in indices], dtype=_wide(dtype))
-        norms.update(zip(indices, found, strict=True))
-    return [norms[i] for i in range(len(grads))]
-
-
-def _norm_of_norms(norms: list[Tensor]) -> Tensor:
-    if not norms:
-        return torch.zeros(())
-    dtype = torch.float64 if any(norm.dtype is torch.float64 for norm in norms) else torch.float32
-    together = torch.stack([norm.to(norms[0].device, dtype, non_blocking=True) for norm in norms])
-    return torch.linalg.vector_norm(together)
-
-
-def _row_norms(g: Tensor) -> Tensor:
-    dims = tuple(range(1, g.dim())) if g.dim() > 1 else None
-    return torch.linalg.vector_norm(g, dim=dims, keepdim=g.dim() > 1, dtype=_wide(g.dtype))
+        factor = torch.where(norm == 0, 0, 1 / (norm + call.group["eps"]))
+        return None, factor.to(torch.float64 if call.params[0].dtype is torch.float64 else torch.float32)
 
 
 @torch.no_grad()
@@ -228,11 +178,7 @@ system(
     page="optim/normalized_sgd.md",
     functions=("optim.normalized_logistic_step_",),
     modules=("optim.NormalizedSGD",),
+    operators=("normalized_sgd_", "normalized_sgd_sums"),
     golden=("normalized_gd",),
     bench=("normalized_sgd",),
-    reasons={
-        "reference": "PyTorch's norms",
-        "cpu": "PyTorch's norms",
-        "cuda": "PyTorch's norms",
-    },
 )
