@@ -282,6 +282,21 @@ def test_step_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
     optimizer.step()
 
 
+def test_compiled_step_gives_the_bits_of_an_eager_one() -> None:
+    eager, compiled = parameters((33, 9), (7,)), parameters((33, 9), (7,))
+    optimizers = [
+        ng.optim.NormalizedSGD(params, lr=torch.tensor(0.1), momentum=0.9) for params in (eager, compiled)
+    ]
+    torch._dynamo.reset()
+    step = torch.compile(optimizers[1].step, fullgraph=True, backend="eager")
+    for number in range(3):
+        for params in (eager, compiled):
+            set_gradients(params, number)
+        optimizers[0].step()
+        step()
+    assert_equal(compiled, eager)
+
+
 def test_gradients_that_are_not_finite_show() -> None:
     params = parameters((6, 5), (7,))
     set_gradients(params, 0)
