@@ -248,7 +248,7 @@ inline void collect_extras(const RuleShape& rule, const ElementwiseLists& lists,
             extras.rows && same_device(*extras.rows, first) && extras.rows->is_contiguous() &&
                 extras.rows->numel() == rows &&
                 dtype(*extras.rows) == (args.param_type == DType::float64 ? DType::float64 : DType::float32),
-            "rows must hold one number per row, in the type of computation");
+            "rows must be contiguous and hold one number per row, in the type of computation");
     }
     int64_t row = 0;
     for (size_t i = 0; i < count; ++i) {
