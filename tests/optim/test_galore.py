@@ -309,6 +309,22 @@ def test_small_updates_of_bfloat16_parameters(how: str, shape: tuple[int, ...]) 
     assert moved == 0 if how == "nearest" else abs(moved - target) <= 2.0**-6  # half the distance
 
 
+@pytest.mark.parametrize("name", ["GaLoreAdamW", "GradNormLoRP"])
+def test_bfloat16_states_grow_by_chance(name: str) -> None:
+    """Rounded to nearest, the second moment of a constant gradient gets stuck at a quarter of its limit."""
+    means = []
+    for how in ("nearest", "stochastic"):
+        p = nn.Parameter(torch.eye(24).bfloat16())
+        p.grad = torch.roll(p.detach(), 1, 0)  # orthogonal to every row
+        optimizer = getattr(ng.optim, name)([p], lr=0.0, rank=24, state_dtype="bf16", param_update=how)
+        for _ in range(600):
+            optimizer.step()
+        assert optimizer.state[p]["exp_avg_sq"].dtype is torch.bfloat16
+        means.append(optimizer.state[p]["exp_avg_sq"].float().sum().item() / 24)
+    assert means[0] == pytest.approx(0.25, rel=0.01)
+    assert means[1] == pytest.approx(1 - 0.999**600, rel=0.1)
+
+
 def test_averages_copies_clipping_and_zeroed_gradients() -> None:
     """What every optimizer offers, over groups with and without a rank together."""
     shapes = [(20, 12), (7,), (4, 3, 2)]

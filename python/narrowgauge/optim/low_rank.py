@@ -113,6 +113,7 @@ class LowRankCall(Call):
             steps = [state["step"] if last else state["step"].clone() for state in kept]
             narrow = states[0].dtype is torch.bfloat16
             stored = self.group["state_dtype"] if coded or narrow else "fp32"
+            stochastic = narrow and self.group["param_update"] == "stochastic"
             self._rule_step(
                 [updates[i] for i in numbers],
                 [grads[i].contiguous() for i in numbers],
@@ -120,6 +121,8 @@ class LowRankCall(Call):
                 scales,
                 steps,
                 state_dtype=stored,
+                param_update="stochastic" if stochastic else "nearest",
+                indices=[self.optimizer._indices[params[i]] for i in numbers] if stochastic else [],
                 maximize=self.group["maximize"] and scaled,
                 scalers=(self.grad_scale, self.clip) if scaled else (None, None),
             )
