@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import narrowgauge as ng
-from bench.harness import OURS, Call, Case, Contest, Setting, traffic
-from bench.optim.bench_adamw import parameters
+from bench.harness import Case, traffic
+from bench.optim.cases import Make, step_case, step_traffic
 
 SHAPES, RANK = [(1024, 1024)] * 8, 128
 NEVER = 10**9  # a gap that no benchmark reaches
@@ -56,79 +57,49 @@ def with_memory(detail: str, bytes_per_moment: float = 4, gain_moments: bool = F
     return f"{detail} ({ours / 1e6:.1f} MB of states, AdamW {theirs / 1e6:.1f})"
 
 
-def step_case(
-    operator: str, detail: str, build_ours: Callable[[list[Tensor]], torch.optim.Optimizer]
-) -> Case:
+def moved(optimizer: torch.optim.Optimizer) -> int:
+    """As for every step, but the bases are only read."""
+    states = [item for state in optimizer.state.values() for item in state.items()]
+    return step_traffic(optimizer) - traffic([x for name, x in states if name.startswith("projection")])
+
+
+def within_a_basis(operator: str, detail: str, name: str, **options: Any) -> Case:
     """Steps without a new basis."""
 
-    def build(setting: Setting) -> Contest:
-        def new() -> list[Tensor]:
-            return parameters(setting, SHAPES, torch.float32)
+    def ours(params: list[Tensor]) -> torch.optim.Optimizer:
+        kind = getattr(ng.optim, name)
+        return kind(params, rank=RANK, update_proj_gap=NEVER, projection="randomized", **options)
 
-        def eager() -> Call:
-            optimizer = EagerGaLore(new(), RANK, NEVER)
-            optimizer.step()
-            return optimizer.step
-
-        params = new()
-        ours = build_ours(params)
-        ours.step()
-        states = list(ours.state.values())
-        bases = [value for state in states for name, value in state.items() if name.startswith("projection")]
-        moved = traffic([p.grad for p in params]) + 2 * traffic(params) + 2 * traffic(states) - traffic(bases)
-        contest = Contest({OURS: ours.step}, moved)
-        contest.add("eager GaLore", eager)
-        contest.add("AdamW", lambda: ng.optim.AdamW(new()).step)
-        contest.add("torch AdamW foreach", lambda: torch.optim.AdamW(new(), foreach=True).step)
-        return contest
-
-    return Case(operator, detail, build)
+    rivals = {
+        "eager GaLore": lambda params: EagerGaLore(params, RANK, NEVER),
+        "AdamW": ng.optim.AdamW,
+        "torch AdamW foreach": lambda params: torch.optim.AdamW(params, foreach=True),
+    }
+    return step_case(operator, detail, ours, rivals, shapes=SHAPES, bytes_moved=moved)
 
 
-def basis_case(projection: str) -> Case:
+def new_basis(projection: str) -> Case:
     """Steps that each find a new basis: ours approximates it, the peers decompose the whole gradient."""
 
-    def build(setting: Setting) -> Contest:
-        def ours(chosen: str) -> Call:
-            params = parameters(setting, [(512, 512)], torch.float32)
-            optimizer = ng.optim.GaLoreAdamW(params, rank=64, update_proj_gap=1, projection=chosen)
-            optimizer.step()
-            return optimizer.step
+    def with_projection(chosen: str) -> Make:
+        return lambda params: ng.optim.GaLoreAdamW(params, rank=64, update_proj_gap=1, projection=chosen)
 
-        contest = Contest({OURS: ours(projection)})
-        contest.add("svd", lambda: ours("svd"))
-        contest.add(
-            "eager GaLore", lambda: EagerGaLore(parameters(setting, [(512, 512)], torch.float32), 64, 1).step
-        )
-        return contest
-
-    return Case("galore", f"new basis by {projection} of 512x512, rank 64", build)
+    rivals = {"svd": with_projection("svd"), "eager GaLore": lambda params: EagerGaLore(params, 64, 1)}
+    detail = f"new basis by {projection} of 512x512, rank 64"
+    return step_case(
+        "galore", detail, with_projection(projection), rivals, shapes=[(512, 512)], bytes_moved=moved
+    )
 
 
+EIGHT = "8M in 8 matrices float32, rank 128"
 CASES = [
-    step_case(
-        "galore",
-        with_memory("8M in 8 matrices float32, rank 128"),
-        lambda params: ng.optim.GaLoreAdamW(
-            params, rank=RANK, update_proj_gap=NEVER, projection="randomized"
-        ),
+    within_a_basis("galore", with_memory(EIGHT), "GaLoreAdamW"),
+    within_a_basis(
+        "galore", with_memory(f"{EIGHT}, int8 states", 1 + 4 / 256), "GaLoreAdamW", state_dtype="int8"
     ),
-    step_case(
-        "galore",
-        with_memory("8M in 8 matrices float32, rank 128, int8 states", 1 + 4 / 256),
-        lambda params: ng.optim.GaLoreAdamW(
-            params, rank=RANK, update_proj_gap=NEVER, projection="randomized", state_dtype="int8"
-        ),
-    ),
-    step_case(
-        "gradnormlorp",
-        with_memory("8M in 8 matrices float32, rank 128", gain_moments=True),
-        lambda params: ng.optim.GradNormLoRP(
-            params, rank=RANK, update_proj_gap=NEVER, projection="randomized"
-        ),
-    ),
-    basis_case("randomized"),
-    basis_case("subspace"),
+    within_a_basis("gradnormlorp", with_memory(EIGHT, gain_moments=True), "GradNormLoRP"),
+    new_basis("randomized"),
+    new_basis("subspace"),
 ]
 
 

@@ -3,41 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import narrowgauge as ng
-from bench.harness import OURS, Call, Case, Contest, Setting, traffic
-from bench.optim.bench_adamw import LARGE, parameters
+from bench.harness import Case, traffic
+from bench.optim.cases import step_case, step_traffic
+
+
+class Foreach:
+    """The same in PyTorch: the norm of all gradients, gradients scaled in place, its own SGD."""
+
+    def __init__(self, params: list[Tensor], momentum: float) -> None:
+        self.grads = [p.grad for p in params if p.grad is not None]
+        self.sgd = torch.optim.SGD(params, lr=1e-3, momentum=momentum, foreach=True)
+
+    def step(self) -> None:
+        size = torch.nn.utils.get_total_norm(self.grads)
+        torch._foreach_mul_(self.grads, 1 / (size + 1e-8))
+        self.sgd.step()
+
+
+def moved(optimizer: Any) -> int:
+    """The gradient is read for its norm, and again to apply it."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    return step_traffic(optimizer) + traffic(gradients)
 
 
 def normalized_case(momentum: float) -> Case:
-    def build(setting: Setting) -> Contest:
-        params = parameters(setting, LARGE, torch.float32)
-        ours = ng.optim.NormalizedSGD(params, lr=1e-3, momentum=momentum)
-        ours.step()
-        states = traffic(list(ours.state.values()))
-        # The gradient is read for its norm, and again to apply it.
-        contest = Contest(
-            {OURS: ours.step}, 2 * traffic([p.grad for p in params]) + 2 * traffic(params) + 2 * states
-        )
-
-        def foreach() -> Call:
-            stock = parameters(setting, LARGE, torch.float32)
-            grads = [p.grad for p in stock if p.grad is not None]
-            optimizer = torch.optim.SGD(stock, lr=1e-3, momentum=momentum, foreach=True)
-
-            def step() -> None:
-                size = torch.nn.utils.get_total_norm(grads)
-                torch._foreach_mul_(grads, 1 / (size + 1e-8))
-                optimizer.step()
-
-            return step
-
-        contest.add("torch foreach", foreach)
-        return contest
-
-    return Case("normalized_sgd", f"16M in 16 tensors float32, momentum {momentum}", build)
+    return step_case(
+        "normalized_sgd",
+        f"16M in 16 tensors float32, momentum {momentum}",
+        lambda params: ng.optim.NormalizedSGD(params, lr=1e-3, momentum=momentum),
+        {"torch foreach": lambda params: Foreach(params, momentum)},
+        bytes_moved=moved,
+    )
 
 
 CASES = [normalized_case(0.0), normalized_case(0.9)]
