@@ -12,13 +12,13 @@ from narrowgauge.optim.shampoo import Shampoo
 from narrowgauge.optim.soap import SOAP
 
 __all__ = [
+    "SOAP",
     "Adam",
     "AdamW",
     "GaLoreAdamW",
     "GradNormLoRP",
     "Muon",
     "NormalizedSGD",
-    "SOAP",
     "Shampoo",
     "bf16_stochastic_round",
     "bytes_per_element",
