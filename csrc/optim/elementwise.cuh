@@ -402,7 +402,7 @@ __device__ __forceinline__ void update_general(const ElementwiseArgs& args, cons
 }
 
 template <class Rule, class Param, bool General>
-__global__ void __launch_bounds__(elementwise_threads, elementwise_occupancy<Rule::states, General>)
+__global__ void __launch_bounds__(elementwise_threads, elementwise_occupancy<Rule, General>)
     elementwise_kernel(const __grid_constant__ ElementwiseLaunch launch) {
     using T = compute_t<Param>;
     using Scalars = typename Rule::template Scalars<T>;
@@ -456,7 +456,7 @@ static __global__ void count_steps_kernel(const __grid_constant__ ElementwiseLau
 template <class Rule, class Param, bool General>
 void launch_update(const ElementwiseLaunch& table, Stream stream) {
     using Scalars = typename Rule::template Scalars<compute_t<Param>>;
-    const int64_t resident = int64_t{multiprocessor_count()} * elementwise_occupancy<Rule::states, General>;
+    const int64_t resident = int64_t{multiprocessor_count()} * elementwise_occupancy<Rule, General>;
     LaunchConfig config{};
     config.grid = dim3(static_cast<unsigned>(table.args.chunks < resident ? table.args.chunks : resident));
     config.block = dim3(elementwise_threads);
