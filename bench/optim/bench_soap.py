@@ -8,8 +8,8 @@ import torch
 
 import narrowgauge as ng
 from bench.harness import OURS, Call, Case, Contest, Setting
-from bench.optim.cases import parameters
 from bench.optim.bench_shampoo import NETWORK, SMALL
+from bench.optim.cases import parameters
 
 
 def soap_case(detail: str, shapes: list[tuple[int, ...]], calls: int = 10) -> Case:

@@ -194,10 +194,10 @@ __device__ __forceinline__ void apply_rule(T (&p)[N], const T (&g)[N], T (&state
 // --- the step ------------------------------------------------------------------------------------
 
 // Blocks per multiprocessor: what 64 registers a thread allow, fewer where a thread holds more.
-template <int States, bool General>
-constexpr int elementwise_occupancy = General      ? 2
-                                      : States > 2 ? 3
-                                                   : 4;
+template <class Rule, bool General>
+constexpr int elementwise_occupancy = General                           ? 2
+                                      : Rule::states > 2 || Rule::heavy ? 3
+                                                                        : 4;
 
 // One chunk where the parameter is Param and its states are stored as they are computed.
 template <class Rule, class Param, class T>
@@ -545,7 +545,7 @@ __global__ void __launch_bounds__(elementwise_threads, 4)
                 if constexpr (std::is_same_v<T, float>) {
                     if (args.format != StateFormat::fp32) {
                         state[k] = decode_element(args.format, Rule::is_signed(k), tensor.states[k],
-                                                         tensor.scales[k], i, maps);
+                                                  tensor.scales[k], i, maps);
                         continue;
                     }
                 }
