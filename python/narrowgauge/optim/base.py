@@ -162,6 +162,11 @@ class Call:
         return self.params[0].device
 
     @property
+    def compute(self) -> torch.dtype:
+        """The type of computation."""
+        return torch.float64 if self.params[0].dtype is torch.float64 else torch.float32
+
+    @property
     def state_format(self) -> int:
         return codec.FORMATS[self.group["state_dtype"] if self.coded else "fp32"].number
 
@@ -182,7 +187,7 @@ class Call:
         return torch.stack([step.reshape(()) for step in self.steps]).double() + 1
 
     def sums(self, given: Tensor | None = None) -> Tensor:
-        """The rule's sums, float64 of shape (rows, sums), over all shards."""
+        """The rule's sums, float64 of shape (rows, sums), over all shards that have a part of a row."""
         result = self.rule.reduce(
             *(
                 self.params,
@@ -196,7 +201,8 @@ class Call:
             ),
             *(self.group["maximize"], self.row_lengths, self.grad_scale, self.clip),
         )
-        return tensors.sum_over_shards(result.double(), self.whole[0])
+        inside_rows = True if self.row_lengths else None
+        return tensors.sum_over_shards(result.double(), self.whole[0], inside_rows)
 
     def step(self, given: Tensor | None = None, rows: Tensor | None = None, zero_grad: bool = False) -> None:
         """The rule's step."""

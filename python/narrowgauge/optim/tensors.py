@@ -86,13 +86,14 @@ def sharding(p: Any) -> tuple[Any, ...] | None:
     return (p.device_mesh, p.placements) if is_dtensor(p) else None
 
 
-def sum_over_shards(value: Tensor, p: Any) -> Tensor:
-    """Adds what every process computed of its shard of `p`."""
+def sum_over_shards(value: Tensor, p: Any, inside_rows: bool | None = None) -> Tensor:
+    """Adds what every process computed of its shard of `p`; only over shards that cut rows (the first dimension), or
+    only over those that keep them whole, when `inside_rows` is given."""
     if is_dtensor(p):
         import torch.distributed as dist
 
         for dim, placement in enumerate(p.placements):
-            if placement.is_shard():
+            if placement.is_shard() and inside_rows in (None, placement.dim != 0):
                 dist.all_reduce(value, group=p.device_mesh.get_group(dim))
     return value
 
