@@ -1,5 +1,6 @@
 """Optimizers: one fused kernel over all parameters, with narrow states and parameters."""
 
+from narrowgauge.optim.adamp import AdamP
 from narrowgauge.optim.adamw import Adam, AdamW
 from narrowgauge.optim.codec import bytes_per_element, decode_state, encode_state
 from narrowgauge.optim.convert import import_bitsandbytes_state, import_torchao_state
@@ -8,12 +9,15 @@ from narrowgauge.optim.gradnormlorp import GradNormLoRP
 from narrowgauge.optim.master import bf16_stochastic_round, join_master, kahan_add, split_master
 from narrowgauge.optim.muon import Muon, muon_groups, newton_schulz
 from narrowgauge.optim.normalized import NormalizedSGD, normalized_logistic_step_
+from narrowgauge.optim.sgdp import SGDP
 from narrowgauge.optim.shampoo import Shampoo
 from narrowgauge.optim.soap import SOAP
 
 __all__ = [
+    "SGDP",
     "SOAP",
     "Adam",
+    "AdamP",
     "AdamW",
     "GaLoreAdamW",
     "GradNormLoRP",

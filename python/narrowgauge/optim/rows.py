@@ -1,0 +1,40 @@
+"""Numbers per row of many parameters in one tensor, row after row: added up by parameter, and spread over the rows."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from narrowgauge.optim import tensors
+from narrowgauge.optim.rule_samples import row_count
+
+if TYPE_CHECKING:
+    from narrowgauge.optim.base import Call
+
+
+@lru_cache(maxsize=256)
+def _on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept, because making it waits for the device."""
+    return torch.tensor(counts, dtype=torch.int64, device=device)
+
+
+class Rows:
+    """The rows of the parameters of a call."""
+
+    def __init__(self, call: Call) -> None:
+        counts = tuple(row_count(p, length) for p, length in zip(call.params, call.row_lengths, strict=True))
+        self.total = sum(counts)
+        self._counts = _on_device(counts, call.device)
+        self._whole = call.whole[0]
+
+    def add(self, values: Tensor) -> Tensor:
+        """(rows, n) to (parameters, n), over all shards. In a fixed order, unlike `index_add`."""
+        added = torch.segment_reduce(values, "sum", lengths=self._counts, axis=0, unsafe=True)
+        return tensors.sum_over_shards(added, self._whole, inside_rows=False)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One number per parameter to one per row."""
+        return values.repeat_interleave(self._counts, output_size=self.total)
