@@ -585,8 +585,8 @@ class ElementwiseOptimizer(Checkpoints):
         self._end_step(calls)
         return loss
 
-    def _clip(self, calls: list[Call], max_grad_norm: float | Tensor) -> None:
-        """Gives every call the factor that brings the norm of all gradients down to `max_grad_norm`."""
+    def _global_norm(self, calls: list[Call]) -> Tensor:
+        """The norm of all gradients together, in float64, on the device of the first call."""
         device = calls[0].device
         total = torch.zeros((), dtype=torch.float64, device=device)
         for call in calls:
@@ -596,7 +596,11 @@ class ElementwiseOptimizer(Checkpoints):
                     [tensors.sum_over_shards(norm, p) for norm, p in zip(norms, call.whole, strict=True)]
                 )
             total += norms.sum().to(device)
-        norm = total.sqrt()
+        return total.sqrt()
+
+    def _clip(self, calls: list[Call], max_grad_norm: float | Tensor) -> None:
+        """Gives every call the factor that brings the norm of all gradients down to `max_grad_norm`."""
+        norm = self._global_norm(calls)
         self.last_grad_norm = norm.float()
         factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0).float()
         skip = (~norm.isfinite()).float()
