@@ -1,22 +1,29 @@
 """Optimizers: one fused kernel over all parameters, with narrow states and parameters."""
 
+from narrowgauge.optim.adam_mini import AdamMini
 from narrowgauge.optim.adamp import AdamP
 from narrowgauge.optim.adamw import Adam, AdamW
 from narrowgauge.optim.codec import bytes_per_element, decode_state, encode_state
 from narrowgauge.optim.convert import import_bitsandbytes_state, import_torchao_state
 from narrowgauge.optim.galore import GaLoreAdamW
 from narrowgauge.optim.gradnormlorp import GradNormLoRP
+from narrowgauge.optim.lamb import LAMB
+from narrowgauge.optim.lars import LARS
 from narrowgauge.optim.master import bf16_stochastic_round, join_master, kahan_add, split_master
 from narrowgauge.optim.muon import Muon, muon_groups, newton_schulz
 from narrowgauge.optim.normalized import NormalizedSGD, normalized_logistic_step_
 from narrowgauge.optim.sgdp import SGDP
 from narrowgauge.optim.shampoo import Shampoo
 from narrowgauge.optim.soap import SOAP
+from narrowgauge.optim.stable_adamw import StableAdamW
 
 __all__ = [
+    "LAMB",
+    "LARS",
     "SGDP",
     "SOAP",
     "Adam",
+    "AdamMini",
     "AdamP",
     "AdamW",
     "GaLoreAdamW",
@@ -24,6 +31,7 @@ __all__ = [
     "Muon",
     "NormalizedSGD",
     "Shampoo",
+    "StableAdamW",
     "bf16_stochastic_round",
     "bytes_per_element",
     "decode_state",

@@ -7,7 +7,6 @@ the weights, as it must be for such weights, the step is projected so that it is
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from narrowgauge.ops import system
 from narrowgauge.optim.base import Call, Common, ElementwiseOptimizer, Params, check_betas, check_range
 from narrowgauge.optim.elementwise import Rule, Scalar, integer_power, square_root
-from narrowgauge.optim.rows import Rows
+from narrowgauge.optim.rows import Rows, on_device
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -24,10 +23,7 @@ if TYPE_CHECKING:
 ScaleInvariant = bool | Literal["auto"]
 
 
-@lru_cache(maxsize=256)
-def _thresholds(
-    shapes: tuple[torch.Size, ...], delta: float, always: bool, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _thresholds(shapes: list[torch.Size], delta: float, always: bool) -> tuple[tuple[float, ...], ...]:
     """Below which cosine a parameter is projected, row by row and as a whole; -1 for never."""
     by_rows, whole = [], []
     for shape in shapes:
@@ -35,10 +31,7 @@ def _thresholds(
         length = max(numel // shape[0], 1) if matrix and shape[0] else 1
         by_rows.append((2.0 if always else delta / length**0.5) if matrix else -1.0)
         whole.append(delta / numel**0.5 if matrix else -1.0)
-    return (
-        torch.tensor(by_rows, dtype=torch.float64, device=device),
-        torch.tensor(whole, dtype=torch.float64, device=device),
-    )
+    return tuple(by_rows), tuple(whole)
 
 
 def _cosine(gp: Tensor, gg: Tensor, pp: Tensor, eps: float) -> Tensor:
@@ -63,10 +56,10 @@ class Projected(ElementwiseOptimizer):
             return torch.ones((count, 1), **wide), torch.zeros(
                 rows.total, dtype=call.compute, device=call.device
             )
-        by_rows, whole = _thresholds(
-            *(tuple(p.shape for p in call.whole), group["delta"], group["scale_invariant"] is True),
-            call.device,
+        thresholds = _thresholds(
+            [p.shape for p in call.whole], group["delta"], group["scale_invariant"] is True
         )
+        by_rows, whole = (on_device(values, torch.float64, call.device) for values in thresholds)
         eps, sums = group["eps"], call.sums()
         gp, gg, pp, pu = sums.unbind(1)
         too_large = ~(_cosine(gp, gg, pp, eps) < rows.spread(by_rows))

@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 
 @lru_cache(maxsize=256)
-def _on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """Kept, because making it waits for the device."""
-    return torch.tensor(counts, dtype=torch.int64, device=device)
+def on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A constant, made once: making it waits for the device."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 class Rows:
     """The rows of the parameters of a call."""
 
     def __init__(self, call: Call) -> None:
-        counts = tuple(row_count(p, length) for p, length in zip(call.params, call.row_lengths, strict=True))
-        self.total = sum(counts)
-        self._counts = _on_device(counts, call.device)
+        self.counts = [row_count(p, length) for p, length in zip(call.params, call.row_lengths, strict=True)]
+        self.total = sum(self.counts)
+        self._counts = on_device(tuple(self.counts), torch.int64, call.device)
         self._whole = call.whole[0]
 
     def add(self, values: Tensor) -> Tensor:
