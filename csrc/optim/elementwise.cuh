@@ -141,7 +141,8 @@ __device__ __forceinline__ T load_grad_factor(const ElementwiseArgs& args, T& di
 }
 
 // The index of the parameter that chunk (or piece) `chunk` of the list belongs to.
-__device__ __forceinline__ int find_tensor(const ElementwiseLaunch& launch, int64_t chunk) {
+template <class Launch>
+__device__ __forceinline__ int find_tensor(const Launch& launch, int64_t chunk) {
     int first = 0, last = static_cast<int>(launch.args.count) - 1;
     while (first < last) {  // narrowed to the first one that ends beyond the chunk
         const int middle = (first + last) / 2;
@@ -305,6 +306,30 @@ __device__ __forceinline__ void store_param(const ElementwiseArgs& args, const E
         p[j] = half ? to_float(from_float<f16>(p[j])) : to_float(from_float<bf16>(p[j]));
 }
 
+// Stores the parameter, and what is kept beside it.
+template <int N, class T>
+__device__ __forceinline__ void follow_param(const ElementwiseArgs& args, const ElementwiseTensor& tensor,
+                                             uint32_t step, int64_t i, int n, bool whole, T (&p)[N]) {
+    if constexpr (std::is_same_v<T, float>) {
+        if (tensor.copy) store_any<N>(args.copy_type, tensor.copy, "copy", i, n, whole, p);
+        store_param(args, tensor, step, i, n, whole, p);
+    } else {
+        store_any<N>(DType::float64, tensor.param, "param", i, n, whole, p);
+    }
+    if (tensor.ema) {
+        const auto ema = global<float>(tensor.ema, "ema");
+        const float weight = static_cast<float>(args.ema_weight);
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            if (j < n) ema[i + j] = ema[i + j] + weight * (static_cast<float>(p[j]) - ema[i + j]);
+        }
+    }
+    if (args.zero_grad) {
+        const T zero[N] = {};
+        store_any<N>(args.grad_type, tensor.grad, "grad", i, n, whole, zero);
+    }
+}
+
 // One chunk however things are stored.
 template <class Rule, class T>
 __device__ __forceinline__ void update_general(const ElementwiseArgs& args, const ElementwiseTensor& tensor,
@@ -380,24 +405,7 @@ __device__ __forceinline__ void update_general(const ElementwiseArgs& args, cons
             }
             store_any<width>(DType::float32, tensor.states[k], "state", i, n, whole, states[k]);
         }
-        if (narrow && tensor.copy) store_any<width>(args.copy_type, tensor.copy, "copy", i, n, whole, p);
-        if constexpr (narrow) {
-            store_param(args, tensor, step, i, n, whole, p);
-        } else {
-            store_any<width>(DType::float64, tensor.param, "param", i, n, whole, p);
-        }
-        if (tensor.ema) {
-            const auto ema = global<float>(tensor.ema, "ema");
-            const float weight = static_cast<float>(args.ema_weight);
-#pragma unroll
-            for (int j = 0; j < width; ++j) {
-                if (j < n) ema[i + j] = ema[i + j] + weight * (static_cast<float>(p[j]) - ema[i + j]);
-            }
-        }
-        if (args.zero_grad) {
-            const T zero[width] = {};
-            store_any<width>(args.grad_type, tensor.grad, "grad", i, n, whole, zero);
-        }
+        follow_param(args, tensor, step, i, n, whole, p);
     }
 }
 
@@ -444,7 +452,8 @@ __global__ void __launch_bounds__(elementwise_threads, elementwise_occupancy<Rul
 }
 
 // A launch of its own, because every block of the update reads the counters.
-static __global__ void count_steps_kernel(const __grid_constant__ ElementwiseLaunch launch) {
+template <class Launch>
+__global__ void count_steps_kernel(const __grid_constant__ Launch launch) {
     const float* found_inf = launch.args.found_inf;
     if (found_inf && global<const float>(found_inf, "found_inf")[0] != 0.0f) return;
     for (int i = threadIdx.x; i < launch.args.count; i += blockDim.x) {
@@ -471,7 +480,7 @@ void launch_step(const ElementwiseLaunch& table, Stream stream) {
     config.grid = dim3(1);
     config.block = dim3(elementwise_threads);
     config.stream = stream;
-    launch(config, count_steps_kernel, table);
+    launch(config, count_steps_kernel<ElementwiseLaunch>, table);
     if (table.args.chunks == 0) return;
 
     const ElementwiseArgs& args = table.args;

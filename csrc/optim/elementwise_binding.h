@@ -329,10 +329,9 @@ inline void run_sums(ElementwiseKernel kernel, int variant, int sums, const Elem
 using ElementwiseKernel = void (*)(int, const ElementwiseLaunch&, Stream);
 
 // Parts of the list that fit into the parameters of a launch each.
-template <class F>
-void for_launches(const ElementwiseArgs& args, const std::vector<ElementwiseTensor>& tensors,
-                  const F& function) {
-    auto table = std::make_unique<ElementwiseLaunch>();
+template <class Launch, class Args, class Entry, class F>
+void for_launches(const Args& args, const std::vector<Entry>& tensors, const F& function) {
+    auto table = std::make_unique<Launch>();
     int64_t before = 0;
     for (size_t begin = 0; begin < tensors.size(); begin += static_cast<size_t>(table->args.count)) {
         table->args = args;
@@ -348,8 +347,8 @@ void for_launches(const ElementwiseArgs& args, const std::vector<ElementwiseTens
 inline void run_step(ElementwiseKernel kernel, int variant, const ElementwiseArgs& args,
                      const std::vector<ElementwiseTensor>& tensors, const Tensor& first) {
     const OnDevice device(first);
-    for_launches(args, tensors,
-                 [&](ElementwiseLaunch& table, int64_t) { kernel(variant, table, device.stream()); });
+    for_launches<ElementwiseLaunch>(
+        args, tensors, [&](ElementwiseLaunch& table, int64_t) { kernel(variant, table, device.stream()); });
 }
 
 inline void run_sums(ElementwiseKernel kernel, int variant, int sums, const ElementwiseArgs& args,
@@ -358,7 +357,7 @@ inline void run_sums(ElementwiseKernel kernel, int variant, int sums, const Elem
     const OnDevice device(first);
     int64_t rows = 0;
     const int64_t size = args.param_type == DType::float64 ? 8 : 4;
-    for_launches(args, tensors, [&](ElementwiseLaunch& table, int64_t before) {
+    for_launches<ElementwiseLaunch>(args, tensors, [&](ElementwiseLaunch& table, int64_t before) {
         if (args.partial) table.args.partial = static_cast<char*>(args.partial) + before * sums * size;
         for (int64_t i = 0; i < table.args.count; ++i) {
             table.tensors[i].first_row = rows;
