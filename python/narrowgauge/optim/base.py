@@ -232,6 +232,10 @@ class Call:
                 self.found_inf,
             ),
         )
+        self._finish()
+
+    def _finish(self) -> None:
+        """What follows a step: copies go back to where they came from, and autograd learns of the change."""
         for target, value in self.written_back:
             target.copy_(value)
         if not torch.compiler.is_compiling():

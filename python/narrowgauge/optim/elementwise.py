@@ -43,6 +43,7 @@ class Rule:
         rows: Whether `update` takes a number per row.
         exact: Whether the arithmetic is in the bit-exact set (docs/numerics.md): no exp, log, pow, atan2.
         sample_options: Option values for the samples of tests, in the order of `options`.
+        declared: False for arithmetic alone, of an optimizer with operators of its own.
     """
 
     name: str
@@ -56,10 +57,13 @@ class Rule:
     rows: bool = False
     exact: bool = True
     sample_options: tuple[float, ...] = ()
+    declared: bool = True
     step: Operator = field(init=False, compare=False)
     reduce: Operator = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not self.declared:
+            return
         object.__setattr__(self, "step", _declare_step(self))
         if self.terms is not None:
             object.__setattr__(self, "reduce", _declare_sums(self))
@@ -190,8 +194,8 @@ _LISTS = "Tensor[] grads, Tensor[] states, Tensor[] scales, Tensor[] steps"
 _NUMBERS = "Tensor? lr_tensor, float lr, float[] options, int variant, int state_format, int param_update"
 
 
-def _declare_step(rule: Rule) -> Operator:
-    """Declares one step over a list of parameters, in place.
+def step_reference(rule: Rule) -> Callable[..., None]:
+    """One step over a list of parameters, in place.
 
     The parameters of a call share dtype, device and kind of state; everything with a parameter's shape is stored like
     it. States follow each other parameter by parameter; `scales` is empty unless they are codes. The step counters go
@@ -288,6 +292,10 @@ def _declare_step(rule: Rule) -> Operator:
                 write(codec.flat(grads[i]), torch.zeros_like(codec.flat(grads[i])))
             write(steps[i], call.steps[i].to(torch.float32).reshape(steps[i].shape))
 
+    return step
+
+
+def _declare_step(rule: Rule) -> Operator:
     schema = (
         f"{rule.name}_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] states, Tensor(d!)[] scales, "
         "Tensor(e!)[] steps, Tensor(f!)[] rests, Tensor(g!)[] emas, Tensor(h!)[] copies, Tensor? given, Tensor? rows, "
@@ -300,7 +308,7 @@ def _declare_step(rule: Rule) -> Operator:
         samples=lambda make: rule_samples.step_samples(rule, make),
         tolerance=tolerance,
         bytes_moved=_step_bytes,
-    )(step)
+    )(step_reference(rule))
     torch.library.register_fake(f"narrowgauge::{rule.name}_", lambda *args: None, lib=library._library)
     return declared
 
