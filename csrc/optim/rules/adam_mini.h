@@ -1,5 +1,5 @@
-// Adam-mini (Zhang et al., "Adam-mini: Use Fewer Learning Rates To Gain More", ICLR 2025, arXiv 2406.16793). One
-// second moment per row, which Python keeps (optim/adam_mini.py).
+// Adam-mini (Zhang et al., "Adam-mini: Use Fewer Learning Rates To Gain More", ICLR 2025, arXiv 2406.16793).
+// One second moment per row, which Python keeps (optim/adam_mini.py).
 #pragma once
 
 #include "optim/rule.h"
@@ -23,7 +23,8 @@ struct Rule : RuleDefaults {
 
     template <class T>
     static NG_HOST_DEVICE Scalars<T> scalars(const double* option, double lr, uint32_t, const double*) {
-        return {static_cast<T>(1.0 - lr * option[1]), static_cast<T>(option[0]), static_cast<T>(1.0 - option[0])};
+        return {static_cast<T>(1.0 - lr * option[1]), static_cast<T>(option[0]),
+                static_cast<T>(1.0 - option[0])};
     }
 
     template <class T>

@@ -9,7 +9,8 @@ NG_NAMESPACE_BEGIN
 namespace lamb {
 
 constexpr int variants = 1;
-constexpr int options = 7;  // beta1, beta2, first_weight, weight_decay, decoupled weight decay, eps, bias_correction
+constexpr int options =
+    7;  // beta1, beta2, first_weight, weight_decay, decoupled weight decay, eps, bias_correction
 
 template <int Variant>
 struct Rule : RuleDefaults {
@@ -19,8 +20,8 @@ struct Rule : RuleDefaults {
 
     template <class T>
     struct Scalars {
-        T clip, first_keep, first_weight, second_keep, second_weight, first_factor, correction, eps, coupled, decay,
-            step_size;
+        T clip, first_keep, first_weight, second_keep, second_weight, first_factor, correction, eps, coupled,
+            decay, step_size;
     };
 
     template <class T>

@@ -26,7 +26,8 @@ struct Rule : RuleDefaults {
     static NG_HOST_DEVICE Scalars<T> scalars(const double* option, double lr, uint32_t step,
                                              const double* given) {
         const double first = (1.0 - option[0]) * (1.0 / (1.0 - integer_power(option[0], step))),
-                     second = (1.0 - option[1]) * (1.0 / (1.0 - integer_power(option[1], step))), rate = lr * given[0];
+                     second = (1.0 - option[1]) * (1.0 / (1.0 - integer_power(option[1], step))),
+                     rate = lr * given[0];
         Scalars<T> k;
         k.decay = static_cast<T>(1.0 - rate * option[2]);
         k.first_keep = static_cast<T>(1.0 - first);

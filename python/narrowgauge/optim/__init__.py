@@ -1,5 +1,6 @@
 """Optimizers: one fused kernel over all parameters, with narrow states and parameters."""
 
+from narrowgauge.optim.adafactor import Adafactor
 from narrowgauge.optim.adam_mini import AdamMini
 from narrowgauge.optim.adamp import AdamP
 from narrowgauge.optim.adamw import Adam, AdamW
@@ -22,6 +23,7 @@ __all__ = [
     "LARS",
     "SGDP",
     "SOAP",
+    "Adafactor",
     "Adam",
     "AdamMini",
     "AdamP",
