@@ -108,7 +108,7 @@ def test_checkpoints_go_both_ways() -> None:
 
 
 def test_gradient_scaling_and_a_skipped_step() -> None:
-    (p,), optimizer = run(ng.optim.Adafactor, [(6, 5)], torch.float32, steps=1)
+    (p,), _ = run(ng.optim.Adafactor, [(6, 5)], torch.float32, steps=1)
     q = nn.Parameter(random(6, 5, dtype=torch.float32))
     scaled = ng.optim.Adafactor([q])
     scaled.grad_scale, scaled.found_inf = torch.tensor(4.0), torch.tensor(0.0)

@@ -50,12 +50,10 @@ class Projected(ElementwiseOptimizer):
             raise ValueError(f'{name}: scale_invariant must be True, False or "auto", got {invariant!r}')
 
     def _given(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
-        group, count, rows = call.group, len(call.whole), Rows(call)
-        wide = {"dtype": torch.float64, "device": call.device}
+        group, rows = call.group, Rows(call)
+        ones = torch.ones(len(call.whole), dtype=torch.float64, device=call.device)
         if group["scale_invariant"] is False or all(p.dim() < 2 for p in call.whole):
-            return torch.ones((count, 1), **wide), torch.zeros(
-                rows.total, dtype=call.compute, device=call.device
-            )
+            return ones[:, None], torch.zeros(rows.total, dtype=call.compute, device=call.device)
         thresholds = _thresholds(
             [p.shape for p in call.whole], group["delta"], group["scale_invariant"] is True
         )
@@ -72,7 +70,7 @@ class Projected(ElementwiseOptimizer):
             pu / (pp.sqrt() + eps).square(),
             rows.spread(torch.where(whole_view, pu_all / (pp_all.sqrt() + eps).square(), 0.0)),
         )
-        ratio = torch.where(row_view | whole_view, group["wd_ratio"], torch.ones(count, **wide))
+        ratio = torch.where(row_view | whole_view, group["wd_ratio"], ones)
         return ratio[:, None], radial.to(call.compute)
 
 

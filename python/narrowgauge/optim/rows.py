@@ -16,9 +16,15 @@ if TYPE_CHECKING:
 
 
 @lru_cache(maxsize=256)
-def on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A constant, made once: making it waits for the device."""
+def _made_once(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
+
+
+def on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A constant, kept for the next step: making it waits for the device. A compiled graph has its own."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _made_once(values, dtype, device)
 
 
 class Rows:
