@@ -312,7 +312,6 @@ class Adafactor(ElementwiseOptimizer):
     """
 
     _rule = adafactor_rule
-    _call_type = _AdafactorCall
 
     def __init__(
         self,
@@ -360,6 +359,9 @@ class Adafactor(ElementwiseOptimizer):
                 raise ValueError(
                     f"Adafactor: a parameter is {reason}, which is not offered; use AdamW with state_dtype='int8'"
                 )
+
+    def _new_call(self, group: dict[str, Any], plain: bool, lists: list[list[Any]]) -> Call:
+        return _AdafactorCall(self, group, plain, lists)
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ()
@@ -443,5 +445,5 @@ system(
     modules=("optim.Adafactor",),
     operators=("adafactor_sums", "adafactor_norms", "adafactor_"),
     golden=("torch_optim",),
-    bench=("reductions",),
+    bench=("adafactor",),
 )

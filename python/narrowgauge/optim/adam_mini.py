@@ -216,5 +216,5 @@ system(
     modules=("optim.AdamMini",),
     operators=("adam_mini_", "adam_mini_sums"),
     golden=("extra_optim",),
-    bench=("reductions",),
+    bench=("adam_mini",),
 )

@@ -203,5 +203,5 @@ system(
     modules=("optim.AdamP",),
     operators=("adamp_", "adamp_sums"),
     golden=("adamp",),
-    bench=("reductions",),
+    bench=("adamp",),
 )

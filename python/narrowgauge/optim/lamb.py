@@ -193,5 +193,5 @@ system(
     modules=("optim.LAMB",),
     operators=("lamb_", "lamb_sums"),
     golden=("extra_optim",),
-    bench=("reductions",),
+    bench=("lamb",),
 )

@@ -127,5 +127,5 @@ system(
     modules=("optim.LARS",),
     operators=("lars_", "lars_sums"),
     golden=("extra_optim",),
-    bench=("reductions",),
+    bench=("lars",),
 )

@@ -139,5 +139,5 @@ system(
     modules=("optim.SGDP",),
     operators=("sgdp_", "sgdp_sums"),
     golden=("sgdp",),
-    bench=("reductions",),
+    bench=("sgdp",),
 )

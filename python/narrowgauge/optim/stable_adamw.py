@@ -117,5 +117,5 @@ system(
     modules=("optim.StableAdamW",),
     operators=("stable_adamw_", "stable_adamw_sums"),
     golden=("extra_optim",),
-    bench=("reductions",),
+    bench=("stable_adamw",),
 )
