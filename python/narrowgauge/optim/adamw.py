@@ -50,7 +50,7 @@ def _update(
     largest = [torch.maximum(largest[0], v)] if largest else []
     step = step_size * m / (square_root(largest[0] if largest else v) / correction + eps)
     if variant >= 4:
-        step = torch.where(step * g > 0, step * rescale, 0.0)
+        step = torch.where(step * g <= 0, 0.0, step * rescale)  # a NaN passes
     return (p if _is_l2(variant) else p * decay) - step, [m, v, *largest]
 
 
