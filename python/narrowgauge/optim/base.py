@@ -181,6 +181,11 @@ class Call:
         """The number of this step for each parameter, in float64."""
         return torch.stack([step.reshape(()) for step in self.steps]).double() + 1
 
+    def counts(self) -> Tensor:
+        """How many elements of the rule each parameter has over all shards, in float64: two per complex number."""
+        counts = [p.numel() * (2 if p.is_complex() else 1) for p in self.whole]
+        return torch.tensor(counts, dtype=torch.float64, device=self.device)
+
     def sums(self, given: Tensor | None = None) -> Tensor:
         """The rule's sums, float64 of shape (rows, sums), over all shards."""
         result = self.rule.reduce(
