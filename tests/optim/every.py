@@ -53,7 +53,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "GradNormLoRP rank": ("GradNormLoRP", {"rank": 4, "update_proj_gap": 2}),
 }
 # Options that only groups of matrices take; the other parameters get a group without them.
-OF_MATRICES = {"Muon": {"use_muon": False}, "GaLoreAdamW rank": {"rank": None}, "GradNormLoRP rank": {"rank": None}}
+OF_MATRICES = {
+    "Muon": {"use_muon": False},
+    "GaLoreAdamW rank": {"rank": None},
+    "GradNormLoRP rank": {"rank": None},
+}
 
 
 @dataclass(frozen=True)
