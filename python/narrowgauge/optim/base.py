@@ -287,6 +287,7 @@ class ElementwiseOptimizer(Checkpoints):
 
     _rule: ClassVar[Rule]
     _step_supports_amp_scaling = True
+    _only: set[Tensor] | None = None  # a step is then of these parameters alone
 
     def __init__(self, params: Params, defaults: dict[str, Any], common: Common) -> None:
         unknown = set(common) - set(COMMON_DEFAULTS)
@@ -451,7 +452,7 @@ class ElementwiseOptimizer(Checkpoints):
     def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
         return None if scalar is None else scalar.to(device, torch.float32, non_blocking=True)
 
-    def _batches(self, group: dict[str, Any], only: set[Tensor] | None = None) -> list[_Batch]:
+    def _batches(self, group: dict[str, Any]) -> list[_Batch]:
         """The parameters that have a gradient, by what one call can take together. Runs at every step: kept lean."""
         names = self._state_names(group)
         coded_names = codec.FORMATS[group["state_dtype"]].block_size > 0
@@ -460,7 +461,7 @@ class ElementwiseOptimizer(Checkpoints):
         by_rows = self._uses_rows(self._variant(group))
         with_sums = self._rule.sums_of(self._variant(group)) > 0
         ema, rest_name = group["ema_decay"] is not None, self._rest_name(group)
-        copies = self._copies
+        copies, only = self._copies, self._only
         batches: dict[Any, _Batch] = {}
         previous = None
         for p in group["params"]:
@@ -518,7 +519,7 @@ class ElementwiseOptimizer(Checkpoints):
     def _init_group(self, group: dict[str, Any], number: int, *lists: list[Any]) -> int:
         """Fills the lists with batch `number`; returns flags. torch.compile runs this eagerly, under this name."""
         if number == 0:
-            self._pending = self._batches(group, getattr(self, "_only", None))
+            self._pending = self._batches(group)
         if number >= len(self._pending):
             return 0
         batch = self._pending[number]
