@@ -6,6 +6,7 @@ from narrowgauge.optim.convert import import_bitsandbytes_state, import_torchao_
 from narrowgauge.optim.from_torch import from_torch
 from narrowgauge.optim.galore import GaLoreAdamW
 from narrowgauge.optim.gradnormlorp import GradNormLoRP
+from narrowgauge.optim.in_backward import step_in_backward
 from narrowgauge.optim.master import bf16_stochastic_round, join_master, kahan_add, split_master
 from narrowgauge.optim.memory import memory
 from narrowgauge.optim.muon import Muon, muon_groups, newton_schulz
@@ -36,4 +37,5 @@ __all__ = [
     "newton_schulz",
     "normalized_logistic_step_",
     "split_master",
+    "step_in_backward",
 ]
