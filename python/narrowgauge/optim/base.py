@@ -242,11 +242,11 @@ class Call:
         result: list[list[Any]] = [[] for _ in LISTS]
         needs_rows = self.optimizer._uses_rows(self.variant)
         per_param = len(states) // len(params)
+        record = codec.FORMATS[self.group["state_dtype"]]
+        packed = self.coded and record.codes_per_byte > 1
 
         def kept(x: Any, model: Tensor) -> Tensor:
             original = tensors.local(x)
-            if original.dim() == 1 and original.numel() != model.numel():
-                return original  # packed codes
             x = tensors.like(original, model)
             if x is not original:
                 self.written_back.append((original, x))
@@ -260,10 +260,12 @@ class Call:
                 self.written_back.append((original, model))
             result[0].append(model)
             result[1].append(kept(grads[i], model))
-            result[2] += [kept(state, model) for state in states[i * per_param : (i + 1) * per_param]]
+            for state in states[i * per_param : (i + 1) * per_param]:  # a shard may hold more codes than it needs
+                codes = record.codes_shape((model.numel(),))[0] if packed else 0
+                result[2].append(tensors.local(state)[:codes] if packed else kept(state, model))
             for scale in scales[i * per_param : (i + 1) * per_param]:
-                count = tensors.scale_count(model.numel(), self.group["state_dtype"])
-                result[3].append(tensors.local(scale)[:count])
+                blocks = codec.block_count(model.numel(), record.block_size)
+                result[3].append(tensors.local(scale)[:blocks])
             result[4].append(steps[i])
             for k, extra in ((5, rests), (6, emas), (7, copies)):
                 result[k] += [kept(extra[i], model)] if extra else []
