@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowgauge.optim import codec
 
 
 def dtensor_class() -> Any:
@@ -95,7 +94,3 @@ def sum_over_shards(value: Tensor, p: Any) -> Tensor:
             if placement.is_shard():
                 dist.all_reduce(value, group=p.device_mesh.get_group(dim))
     return value
-
-
-def scale_count(numel: int, state_dtype: str) -> int:
-    return codec.block_count(numel, codec.FORMATS[state_dtype].block_size)
