@@ -193,7 +193,7 @@ def fully_sharded_models_step_in_backward() -> None:
     optimizers = [ng.optim.AdamW(model.parameters(), lr=1e-2, **INT8) for model in models]
     ng.optim.step_in_backward(optimizers[0], 1000)
     for half in halves(3):
-        for model, optimizer in zip(models, optimizers, strict=True):
+        for model in models:
             model(half[dist.get_rank()]).square().mean().backward()
         assert all(p.grad is None for p in models[0].parameters())
         optimizers[1].step()
@@ -261,14 +261,14 @@ def distributed_checkpoints_resume(optimizer: Every) -> None:
 
 @check
 def codes_of_shards_are_decoded() -> None:
-    for state_dtype in ("int8", "int4", "fp8", "int8_companded"):
+    for state_dtype, share in (("int8", 0.05), ("int4", 0.4), ("fp8", 0.1), ("int8_companded", 0.05)):
         options = {"state_dtype": state_dtype, "min_quantized_size": 0}
         ours, params = stepped(EVERY["AdamW"], sharded, torch.float32, **options)
         exact, _ = stepped(EVERY["AdamW"], sharded, torch.float32)
         for i, state in enumerate(ours.dequantized_state_dict()["state"].values()):
             expected = exact.state[exact.param_groups[0]["params"][i]]["exp_avg"].to_local()
             assert state["exp_avg"].shape == params[i].to_local().shape
-            assert (state["exp_avg"] - expected).norm() <= 0.2 * expected.norm()
+            assert (state["exp_avg"] - expected).norm() <= share * expected.norm()
 
 
 @check

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 
-
 def dtensor_class() -> Any:
     """The DTensor class, when this process has imported it."""
     module = sys.modules.get("torch.distributed.tensor")
