@@ -13,6 +13,7 @@ from tests.optim.every import (
     Every,
     assert_near,
     assert_same_state,
+    assert_same_steps,
     copies_of,
     every,
     flat_state,
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 import narrowgauge as ng
 
 SHAPES = [(33, 9), (5,), (12, 6), (8, 3, 2, 2)]
+RAISES = {"Shampoo"}  # LAPACK decomposes no matrix that is not finite
 STOCHASTIC = {"state_dtype": "int8", "min_quantized_size": 0, "param_update": "stochastic", "seed": 3}
 
 
@@ -75,12 +77,10 @@ def resumes(optimizer: Every, dtype: torch.dtype, **options: Any) -> None:
     train(whole, optimizer(whole, **options), 6)
 
     first = parameters(*SHAPES, dtype=dtype)
-    ours = optimizer(first, lr=0.5 * optimizer(first).param_groups[0]["lr"], **options)
-    for group in ours.param_groups:
-        group["lr"] *= 2  # as a scheduler does; must travel with the state
+    ours = optimizer(first, **options)
     train(first, ours, 3)
     resumed = copies_of(first)
-    fresh = optimizer(resumed, **options)
+    fresh = optimizer(resumed, **{"lr": 77.0, **options})  # the rate travels with the state
     fresh.load_state_dict(through_a_file(ours.state_dict()))
     assert_same_state(fresh, flat_state(ours))
     train(first, ours, 1, first=3)  # the loaded states are copies
@@ -117,7 +117,7 @@ def with_a_wrong_shape(state: dict[str, Any]) -> None:
 
 
 def without_a_state(state: dict[str, Any]) -> None:
-    values = state["state"][0]
+    values = next(values for values in state["state"].values() if len(values) > 1)
     del values[next(name for name in values if name != "step")]
 
 
@@ -255,7 +255,7 @@ def test_tensor_lr_gives_the_bits_of_a_number(optimizer: Every) -> None:
     rate = torch.tensor(0.125)
     train(tensors, optimizer(tensors, lr=rate), 3)
     assert rate.item() == 0.125
-    assert_equal(tensors, numbers)
+    assert_same_steps(optimizer, tensors, numbers)
 
 
 @every()
@@ -266,12 +266,12 @@ def test_schedulers_set_the_rate(optimizer: Every, as_tensor: bool) -> None:
     theirs = optimizer(expected, lr=0.25)
     scheduler = torch.optim.lr_scheduler.StepLR(ours, 1, 0.5)
     for step in range(3):
-        for group in theirs.param_groups:
-            group["lr"] = 0.25 * 0.5**step
         train(params, ours, 1, first=step)
         train(expected, theirs, 1, first=step)
         scheduler.step()
-    assert_equal(params, expected)
+        for group in theirs.param_groups:
+            group["lr"] *= 0.5
+    assert_same_steps(optimizer, params, expected)
 
 
 @every(takes="maximize")
@@ -304,14 +304,18 @@ def test_sparse_gradients_are_refused_before_anything_changes(optimizer: Every) 
 
 @every()
 def test_a_nan_shows(optimizer: Every) -> None:
-    """It must reach the parameter and stay, not freeze it with a value that looks sound."""
+    """It must reach the parameter and stay, not freeze it with a value that looks sound; or be an error."""
     (p,) = parameters((12, 6))
     ours = optimizer([p])
-    for step in range(3):
-        set_gradients([p], step)
-        if step == 1:
-            p.grad[3, 3] = torch.nan
-        ours.step()
+    train([p], ours, 1)
+    set_gradients([p], 1)
+    p.grad[3, 3] = torch.nan
+    if optimizer.name in RAISES:
+        with pytest.raises(torch.linalg.LinAlgError):
+            ours.step()
+        return
+    ours.step()
+    train([p], ours, 1, first=2)
     assert not p[3, 3].isfinite()
 
 
