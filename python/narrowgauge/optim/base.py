@@ -290,6 +290,7 @@ class ElementwiseOptimizer(Checkpoints):
     _rule: ClassVar[Rule]
     _step_supports_amp_scaling = True
     _only: set[Tensor] | None = None  # a step is then of these parameters alone
+    _norm: Tensor | None = None  # written in place: compiled and captured steps cannot set attributes
 
     def __init__(self, params: Params, defaults: dict[str, Any], common: Common) -> None:
         unknown = set(common) - set(COMMON_DEFAULTS)
@@ -300,7 +301,6 @@ class ElementwiseOptimizer(Checkpoints):
             )
         defaults = {**defaults, **COMMON_DEFAULTS, **common}
         self._copies: dict[Tensor, Tensor] = {}
-        self.last_grad_norm: Tensor | None = None
         self._check_group(defaults)
         super().__init__(params, defaults)
 
@@ -385,13 +385,17 @@ class ElementwiseOptimizer(Checkpoints):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         self.__dict__.setdefault("_copies", {})
-        self.__dict__.setdefault("last_grad_norm", None)
         self._number_params()
 
     def _number_params(self) -> None:
         self._indices = {
             p: i for i, p in enumerate(chain.from_iterable(g["params"] for g in self.param_groups))
         }
+
+    @property
+    def last_grad_norm(self) -> Tensor | None:
+        """The norm of all gradients at the last step with `max_grad_norm`, on the device; NaN before the first."""
+        return None if self._norm is None else self._norm.clone()
 
     def attach_copies(self, copies: dict[Tensor, Tensor]) -> None:
         """Keeps narrow copies of parameters up to date: every step writes them in the same pass.
@@ -522,6 +526,8 @@ class ElementwiseOptimizer(Checkpoints):
         """Fills the lists with batch `number`; returns flags. torch.compile runs this eagerly, under this name."""
         if number == 0:
             self._pending = self._batches(group)
+            if self._pending and self._norm is None:
+                self._norm = torch.full((), torch.nan, device=self._pending[0].lists[0][0].device)
         if number >= len(self._pending):
             return 0
         batch = self._pending[number]
@@ -599,7 +605,8 @@ class ElementwiseOptimizer(Checkpoints):
                 )
             total += norms.sum().to(device)
         norm = total.sqrt()
-        self.last_grad_norm = norm.float()
+        assert self._norm is not None
+        self._norm.copy_(norm)
         factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0).float()
         skip = (~norm.isfinite()).float()
         factor = torch.where(norm.isfinite(), factor, 1.0)
