@@ -17,7 +17,18 @@ import narrowgauge as ng
 # One per kind of step: elementwise, given by Python, with sums, by rows, of PyTorch's operators.
 REPRESENTATIVE = [
     name
-    for name in ("Adam l2", "AdamW cautious", "SGD", "Lion", "NAdam", "AdEMAMix", "LAMB", "AdamP", "AdamMini", "Adafactor")
+    for name in (
+        "Adam l2",
+        "AdamW cautious",
+        "SGD",
+        "Lion",
+        "NAdam",
+        "AdEMAMix",
+        "LAMB",
+        "AdamP",
+        "AdamMini",
+        "Adafactor",
+    )
     if name in EVERY
 ]
 
