@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,37 @@ PROGRAMS = sorted(
 )
 
 
+# What the programs with arguments are given, to be quick.
+ARGUMENTS = {
+    "five_optimizers": ["--steps", "8", "--layers", "1"],
+    "fsdp2_two_processes": ["--steps", "4"],
+    "resume": ["--before", "5", "--after", "100"],
+}
+
+
+def exit_code(program):
+    try:
+        runpy.run_module(f"narrowgauge.examples.{program}", run_name="__main__")
+    except SystemExit as end:  # how Typer ends
+        return end.code
+    return 0
+
+
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_program_runs_and_says_something(program, capsys):
-    runpy.run_module(f"narrowgauge.examples.{program}", run_name="__main__")
-    assert capsys.readouterr().out.strip()
+@pytest.mark.parametrize(
+    "program",
+    [pytest.param(p, marks=[pytest.mark.distributed] if "process" in p else []) for p in PROGRAMS],
+)
+def test_program_runs_and_says_something(program, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [program, *ARGUMENTS.get(program, [])])
+    assert not exit_code(program)
+    said = capsys.readouterr().out
+    assert said.strip()
+    if program == "five_optimizers":
+        assert (tmp_path / "five_optimizers.png").read_bytes().startswith(b"\x89PNG")
+    if program == "resume":
+        assert "100 of 100 losses after the checkpoint are the same" in said
 
 
 def test_a_byte_cannot_see_its_future():

@@ -1,26 +1,16 @@
-"""Swapped models and the optimizer in two gloo processes, against the same training in one.
-
-The test process starts this file twice as a program and names one check after another to both; they live as
-long as checks pass, because starting PyTorch takes longer than any check.
-"""
+"""Swapped models and the optimizer in two gloo processes, against the same training in one."""
 
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
 import sys
-import threading
-import traceback
 from collections.abc import Callable, Iterator
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from tests.distributed.processes import PROCESSES, Processes, processes_of, serve
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,9 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import narrowgauge as ng
 
-PROCESSES = 2
-COLLECTIVE_TIMEOUT = timedelta(seconds=20)
-CHECK_TIMEOUT = 60.0
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-4}  # eps: gradients near zero must not decide signs
 INT8 = {"state_dtype": "int8", "min_quantized_size": 0}
 
@@ -301,94 +288,15 @@ def swapping_inside_ddp_takes_effect() -> None:
     assert_same_parameters(ddp.module, model, 1e-5)
 
 
-def serve(rank: int, folder: str) -> None:
-    """One process: reads names of checks, answers each with an empty string or a traceback."""
-    answers, sys.stdout = sys.stdout, sys.stderr
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=COLLECTIVE_TIMEOUT,
-    )
-    for line in sys.stdin:
-        try:
-            CHECKS[line.strip()]()
-            answer = ""
-        except BaseException:  # DCP's exception is not an Exception
-            answer = traceback.format_exc()
-        print(json.dumps(answer), file=answers, flush=True)
-    dist.destroy_process_group()
-
-
-class Processes:
-    """The processes that run checks. After a failed check they may disagree, so new ones are started."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.started, self.running = folder, 0, []
-
-    def run(self, name: str) -> list[str]:
-        if not self.running:
-            self._start()
-        timer = threading.Timer(CHECK_TIMEOUT, self._kill)
-        timer.start()
-        try:
-            for process in self.running:
-                print(name, file=process.stdin, flush=True)
-            lines = [process.stdout.readline() for process in self.running]
-        finally:
-            timer.cancel()
-        answers = [json.loads(line) if line else "the process ended or hung" for line in lines]
-        if any(answers):
-            self.stop()
-        return answers
-
-    def _start(self) -> None:
-        self.started += 1
-        folder = self.folder / str(self.started)
-        folder.mkdir()
-        self.running = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(rank), str(folder)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-            )
-            for rank in range(PROCESSES)
-        ]
-
-    def _kill(self) -> None:
-        for process in self.running:
-            process.kill()
-
-    def stop(self) -> None:
-        for process in self.running:
-            process.stdin.close()
-        for process in self.running:
-            try:
-                process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            process.stdout.close()
-        self.running = []
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    processes = Processes(tmp_path_factory.mktemp("processes"))
-    yield processes
-    processes.stop()
+processes = processes_of(__file__)
 
 
 @pytest.mark.distributed
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
 @pytest.mark.parametrize("name", CHECKS)
 def test_in_two_processes(name: str, processes: Processes) -> None:
-    for rank, answer in enumerate(processes.run(name)):
-        assert not answer, f"process {rank}:\n{answer}"
+    processes.run(name)
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), sys.argv[2])
+    serve(CHECKS)

@@ -55,7 +55,7 @@ struct Rule : RuleDefaults {
         state[1] = v;
         if constexpr (!l2) p = p * k.decay;
         T step = k.step_size * m / (std::sqrt(largest) / k.correction + k.eps);
-        if constexpr (cautious) step = step * g > T(0) ? step * k.rescale : T(0);
+        if constexpr (cautious) step = step * g <= T(0) ? T(0) : step * k.rescale;  // a NaN passes
         p = p - step;
     }
 

@@ -6,11 +6,14 @@ from narrowgauge.optim.adamp import AdamP
 from narrowgauge.optim.adamw import Adam, AdamW
 from narrowgauge.optim.codec import bytes_per_element, decode_state, encode_state
 from narrowgauge.optim.convert import import_bitsandbytes_state, import_torchao_state
+from narrowgauge.optim.from_torch import from_torch
 from narrowgauge.optim.galore import GaLoreAdamW
 from narrowgauge.optim.gradnormlorp import GradNormLoRP
+from narrowgauge.optim.in_backward import step_in_backward
 from narrowgauge.optim.lamb import LAMB
 from narrowgauge.optim.lars import LARS
 from narrowgauge.optim.master import bf16_stochastic_round, join_master, kahan_add, split_master
+from narrowgauge.optim.memory import memory
 from narrowgauge.optim.muon import Muon, muon_groups, newton_schulz
 from narrowgauge.optim.normalized import NormalizedSGD, normalized_logistic_step_
 from narrowgauge.optim.sgdp import SGDP
@@ -38,12 +41,15 @@ __all__ = [
     "bytes_per_element",
     "decode_state",
     "encode_state",
+    "from_torch",
     "import_bitsandbytes_state",
     "import_torchao_state",
     "join_master",
     "kahan_add",
+    "memory",
     "muon_groups",
     "newton_schulz",
     "normalized_logistic_step_",
     "split_master",
+    "step_in_backward",
 ]

@@ -50,7 +50,7 @@ def _update(
     largest = [torch.maximum(largest[0], v)] if largest else []
     step = step_size * m / (square_root(largest[0] if largest else v) / correction + eps)
     if variant >= 4:
-        step = torch.where(step * g > 0, step * rescale, 0.0)
+        step = torch.where(step * g <= 0, 0.0, step * rescale)  # a NaN passes
     return (p if _is_l2(variant) else p * decay) - step, [m, v, *largest]
 
 
@@ -76,8 +76,7 @@ adamw_rule = Rule(
 
 def cautious_rescale(call: Call) -> Tensor:
     """By how much the steps that are left grow: one over the share of elements that take part, at most 1000."""
-    counts = torch.tensor([p.numel() for p in call.whole], dtype=torch.float64, device=call.device)
-    share = call.sums()[:, 0] / counts.clamp_min(1)
+    share = call.sums()[:, 0] / call.counts().clamp_min(1)
     return (1 / share.clamp_min(1e-3))[:, None]
 
 

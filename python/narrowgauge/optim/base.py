@@ -186,6 +186,11 @@ class Call:
         """The number of this step for each parameter, in float64."""
         return torch.stack([step.reshape(()) for step in self.steps]).double() + 1
 
+    def counts(self) -> Tensor:
+        """How many elements of the rule each parameter has over all shards, in float64: two per complex number."""
+        counts = [p.numel() * (2 if p.is_complex() else 1) for p in self.whole]
+        return torch.tensor(counts, dtype=torch.float64, device=self.device)
+
     def sums(self, given: Tensor | None = None) -> Tensor:
         """The rule's sums, float64 of shape (rows, sums), over all shards that have a part of a row."""
         result = self.rule.reduce(
@@ -247,11 +252,11 @@ class Call:
         result: list[list[Any]] = [[] for _ in LISTS]
         needs_rows = self.optimizer._uses_rows(self.variant)
         per_param = len(states) // len(params)
+        record = codec.FORMATS[self.group["state_dtype"]]
+        packed = self.coded and record.codes_per_byte > 1
 
         def kept(x: Any, model: Tensor) -> Tensor:
             original = tensors.local(x)
-            if original.dim() == 1 and original.numel() != model.numel():
-                return original  # packed codes
             x = tensors.like(original, model)
             if x is not original:
                 self.written_back.append((original, x))
@@ -265,10 +270,12 @@ class Call:
                 self.written_back.append((original, model))
             result[0].append(model)
             result[1].append(kept(grads[i], model))
-            result[2] += [kept(state, model) for state in states[i * per_param : (i + 1) * per_param]]
+            for state in states[i * per_param : (i + 1) * per_param]:  # a shard may hold more codes than it needs
+                codes = record.codes_shape((model.numel(),))[0] if packed else 0
+                result[2].append(tensors.local(state)[:codes] if packed else kept(state, model))
             for scale in scales[i * per_param : (i + 1) * per_param]:
-                count = tensors.scale_count(model.numel(), self.group["state_dtype"])
-                result[3].append(tensors.local(scale)[:count])
+                blocks = codec.block_count(model.numel(), record.block_size)
+                result[3].append(tensors.local(scale)[:blocks])
             result[4].append(steps[i])
             for k, extra in ((5, rests), (6, emas), (7, copies)):
                 result[k] += [kept(extra[i], model)] if extra else []
@@ -292,6 +299,8 @@ class ElementwiseOptimizer(Checkpoints):
 
     _rule: ClassVar[Rule]
     _step_supports_amp_scaling = True
+    _only: set[Tensor] | None = None  # a step is then of these parameters alone
+    _norm: Tensor | None = None  # written in place: compiled and captured steps cannot set attributes
 
     def __init__(self, params: Params, defaults: dict[str, Any], common: Common) -> None:
         unknown = set(common) - set(COMMON_DEFAULTS)
@@ -302,7 +311,6 @@ class ElementwiseOptimizer(Checkpoints):
             )
         defaults = {**defaults, **COMMON_DEFAULTS, **common}
         self._copies: dict[Tensor, Tensor] = {}
-        self.last_grad_norm: Tensor | None = None
         self._check_group(defaults)
         super().__init__(params, defaults)
 
@@ -387,13 +395,17 @@ class ElementwiseOptimizer(Checkpoints):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         self.__dict__.setdefault("_copies", {})
-        self.__dict__.setdefault("last_grad_norm", None)
         self._number_params()
 
     def _number_params(self) -> None:
         self._indices = {
             p: i for i, p in enumerate(chain.from_iterable(g["params"] for g in self.param_groups))
         }
+
+    @property
+    def last_grad_norm(self) -> Tensor | None:
+        """The norm of all gradients at the last step with `max_grad_norm`, on the device; NaN before the first."""
+        return None if self._norm is None else self._norm.clone()
 
     def attach_copies(self, copies: dict[Tensor, Tensor]) -> None:
         """Keeps narrow copies of parameters up to date: every step writes them in the same pass.
@@ -456,7 +468,7 @@ class ElementwiseOptimizer(Checkpoints):
     def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
         return None if scalar is None else scalar.to(device, torch.float32, non_blocking=True)
 
-    def _batches(self, group: dict[str, Any], only: set[Tensor] | None = None) -> list[_Batch]:
+    def _batches(self, group: dict[str, Any]) -> list[_Batch]:
         """The parameters that have a gradient, by what one call can take together. Runs at every step: kept lean."""
         names = self._state_names(group)
         coded_names = codec.FORMATS[group["state_dtype"]].block_size > 0
@@ -465,7 +477,7 @@ class ElementwiseOptimizer(Checkpoints):
         by_rows = self._uses_rows(self._variant(group))
         with_sums = self._rule.sums_of(self._variant(group)) > 0
         ema, rest_name = group["ema_decay"] is not None, self._rest_name(group)
-        copies = self._copies
+        copies, only = self._copies, self._only
         batches: dict[Any, _Batch] = {}
         previous = None
         for p in group["params"]:
@@ -523,7 +535,9 @@ class ElementwiseOptimizer(Checkpoints):
     def _init_group(self, group: dict[str, Any], number: int, *lists: list[Any]) -> int:
         """Fills the lists with batch `number`; returns flags. torch.compile runs this eagerly, under this name."""
         if number == 0:
-            self._pending = self._batches(group, getattr(self, "_only", None))
+            self._pending = self._batches(group)
+            if self._pending and self._norm is None:
+                self._norm = torch.full((), torch.nan, device=self._pending[0].lists[0][0].device)
         if number >= len(self._pending):
             return 0
         batch = self._pending[number]
@@ -605,7 +619,8 @@ class ElementwiseOptimizer(Checkpoints):
     def _clip(self, calls: list[Call], max_grad_norm: float | Tensor) -> None:
         """Gives every call the factor that brings the norm of all gradients down to `max_grad_norm`."""
         norm = self._global_norm(calls)
-        self.last_grad_norm = norm.float()
+        assert self._norm is not None
+        self._norm.copy_(norm)
         factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0).float()
         skip = (~norm.isfinite()).float()
         factor = torch.where(norm.isfinite(), factor, 1.0)

@@ -128,6 +128,8 @@ class Checkpoints(torch.optim.Optimizer):
                     shape = tensors.local(p).shape
                     record = codec.FORMATS[group["state_dtype"]]
                     scale = scale[: codec.block_count(shape.numel(), record.block_size)]
+                    if record.codes_per_byte > 1:  # a shard may hold more than it needs
+                        codes = codes[: record.codes_shape(shape)[0]]
                     encoded = {"codes": codes, "scale": scale}
                     state[name] = codec.decode_state(encoded, record.name, signed=signed, shape=shape)
         return {"state": states, "param_groups": result["param_groups"]}

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowgauge.optim import codec
-
 
 def dtensor_class() -> Any:
     """The DTensor class, when this process has imported it."""
@@ -96,7 +94,3 @@ def sum_over_shards(value: Tensor, p: Any, inside_rows: bool | None = None) -> T
             if placement.is_shard() and inside_rows in (None, placement.dim != 0):
                 dist.all_reduce(value, group=p.device_mesh.get_group(dim))
     return value
-
-
-def scale_count(numel: int, state_dtype: str) -> int:
-    return codec.block_count(numel, codec.FORMATS[state_dtype].block_size)
