@@ -7,6 +7,7 @@ from narrowgauge.optim.galore import GaLoreAdamW
 from narrowgauge.optim.gradnormlorp import GradNormLoRP
 from narrowgauge.optim.master import bf16_stochastic_round, join_master, kahan_add, split_master
 from narrowgauge.optim.muon import Muon, muon_groups, newton_schulz
+from narrowgauge.optim.nap import nap_
 from narrowgauge.optim.normalized import NormalizedSGD, normalized_logistic_step_
 from narrowgauge.optim.shampoo import Shampoo
 from narrowgauge.optim.soap import SOAP
@@ -29,6 +30,7 @@ __all__ = [
     "join_master",
     "kahan_add",
     "muon_groups",
+    "nap_",
     "newton_schulz",
     "normalized_logistic_step_",
     "split_master",
