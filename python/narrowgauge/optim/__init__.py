@@ -9,10 +9,14 @@ from narrowgauge.optim.master import bf16_stochastic_round, join_master, kahan_a
 from narrowgauge.optim.muon import Muon, muon_groups, newton_schulz
 from narrowgauge.optim.nap import nap_
 from narrowgauge.optim.normalized import NormalizedSGD, normalized_logistic_step_
+from narrowgauge.optim.prodigy import Prodigy
+from narrowgauge.optim.sam import SAM, sam_perturb_, sam_restore_
+from narrowgauge.optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from narrowgauge.optim.shampoo import Shampoo
 from narrowgauge.optim.soap import SOAP
 
 __all__ = [
+    "SAM",
     "SOAP",
     "Adam",
     "AdamW",
@@ -20,6 +24,9 @@ __all__ = [
     "GradNormLoRP",
     "Muon",
     "NormalizedSGD",
+    "Prodigy",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
     "Shampoo",
     "bf16_stochastic_round",
     "bytes_per_element",
@@ -33,5 +40,7 @@ __all__ = [
     "nap_",
     "newton_schulz",
     "normalized_logistic_step_",
+    "sam_perturb_",
+    "sam_restore_",
     "split_master",
 ]

@@ -97,5 +97,14 @@ def sum_over_shards(value: Tensor, p: Any) -> Tensor:
     return value
 
 
+def group_number(group: dict[str, Any], name: str, device: torch.device) -> Tensor:
+    """A number that a group keeps between steps, as a float64 tensor on the device; replaced by it where it is not."""
+    value = group[name]
+    if not isinstance(value, Tensor):
+        value = torch.full((), value, dtype=torch.float64, device=device)
+    group[name] = value = value.to(device, torch.float64)
+    return value
+
+
 def scale_count(numel: int, state_dtype: str) -> int:
     return codec.block_count(numel, codec.FORMATS[state_dtype].block_size)
