@@ -238,7 +238,7 @@ class Prodigy(ElementwiseOptimizer):
         if not calls:
             return
         first, device = self.param_groups[0], calls[0].device
-        d, largest, numerator, k = (tensors.group_number(first, name, device) for name in _NUMBERS)
+        d, largest, numerator, k = (tensors.group_number(first, name, device)[0] for name in _NUMBERS)
         for group in self.param_groups[1:]:  # that came later, or from a checkpoint
             group.update({name: first[name] for name in _NUMBERS})
         overflow = calls[0].found_inf

@@ -99,8 +99,10 @@ def _batches(entries: Iterable[tuple[int, Tensor, Tensor, float, bool]]) -> list
         if g.layout is not torch.strided:
             raise RuntimeError("SAM does not support sparse gradients; build the layer with sparse=False")
         key = (rho, adaptive, p.dtype, g.dtype, p.device, tensors.sharding(p))
-        for values, value in zip(lists.setdefault(key, ([], [], [])), (p, g, index), strict=True):
-            values.append(value)  # type: ignore[arg-type]
+        params, grads, indices = lists.setdefault(key, ([], [], []))
+        params.append(p)
+        grads.append(g)
+        indices.append(index)
     return [_Batch(*values, *key[:2]) for key, values in lists.items()]
 
 
@@ -296,7 +298,7 @@ class SAM(torch.optim.Optimizer):
         if zero_grad:
             self.zero_grad()
 
-    def step(self, closure: Callable[[], Any] | None = None, **arguments: Any) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, **arguments: Any) -> Any:
         """Performs one step.
 
         Args:

@@ -116,7 +116,7 @@ class _ScheduleFree(ElementwiseOptimizer):
     def _schedule(self, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """This step's number, its learning rate, the largest so far, and the point's weight in the average."""
         group = call.group
-        k, largest = (tensors.group_number(group, name, call.device) for name in ("k", "lr_max"))
+        k, largest = (tensors.group_number(group, name, call.device)[0] for name in ("k", "lr_max"))
         step = k + 1
         rate = call.learning_rate()
         if group["warmup_steps"]:
@@ -125,7 +125,7 @@ class _ScheduleFree(ElementwiseOptimizer):
         return step, rate, largest, step ** group["r"] * largest ** group["weight_lr_power"]
 
     def _begin_step(self, calls: list[Call]) -> None:
-        if not all(call.group["train_mode"] for call in calls):
+        if not all(group["train_mode"] for group in self.param_groups):
             raise RuntimeError(
                 f"{type(self).__name__}.step: the parameters hold the average, not the point to train at; "
                 "call train() first"
@@ -133,7 +133,7 @@ class _ScheduleFree(ElementwiseOptimizer):
 
     def _given(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
         step, rate, _, weight = self._schedule(call)
-        total = tensors.group_number(call.group, "weight_sum", call.device) + weight
+        total = tensors.group_number(call.group, "weight_sum", call.device)[0] + weight
         share = torch.where(total > 0, weight / total, 0.0)
         numbers = torch.stack([rate, share, *self._correction(call.group, step)])
         return numbers.expand(len(call.params), -1).contiguous(), None
@@ -143,7 +143,7 @@ class _ScheduleFree(ElementwiseOptimizer):
             if previous is not None and previous.group is call.group:
                 continue
             step, _, largest, weight = self._schedule(call)
-            total = tensors.group_number(call.group, "weight_sum", call.device) + weight
+            total = tensors.group_number(call.group, "weight_sum", call.device)[0] + weight
             for name, value in (("k", step), ("lr_max", largest), ("weight_sum", total)):
                 kept = call.group[name]
                 if call.found_inf is not None:

@@ -98,11 +98,15 @@ def sum_over_shards(value: Tensor, p: Any) -> Tensor:
 
 
 def group_number(group: dict[str, Any], name: str, device: torch.device) -> Tensor:
-    """A number that a group keeps between steps, as a float64 tensor on the device; replaced by it where it is not."""
+    """A number that a group keeps between steps, as float64 on the device; replaced by a tensor where it is none.
+
+    Of shape (1,): torch.compile loses what is written to a float64 tensor without dimensions on the CPU.
+    """
     value = group[name]
     if not isinstance(value, Tensor):
-        value = torch.full((), value, dtype=torch.float64, device=device)
-    group[name] = value = value.to(device, torch.float64)
+        group[name] = value = torch.full((1,), value, dtype=torch.float64, device=device)
+    elif value.dtype is not torch.float64 or value.device != device or value.dim() != 1:
+        group[name] = value = value.to(device, torch.float64).reshape(1)
     return value
 
 
