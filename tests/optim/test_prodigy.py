@@ -17,7 +17,9 @@ import narrowgauge as ng
 SHAPES = [(7, 5), (3,), (), (0, 2), (2, 3, 4)]
 
 
-def parameters(dtype: torch.dtype = torch.float64, shapes: list[tuple[int, ...]] = SHAPES) -> list[nn.Parameter]:
+def parameters(
+    dtype: torch.dtype = torch.float64, shapes: list[tuple[int, ...]] = SHAPES
+) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
 
@@ -28,7 +30,9 @@ def gradients(params: list[Tensor], step: int) -> list[Tensor]:
     return [(p.double() + 0.1 * torch.randn(p.shape, generator=generator) - 3).to(p.dtype) for p in params]
 
 
-def train(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: int = 4, first: int = 0) -> None:
+def train(
+    params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: int = 4, first: int = 0
+) -> None:
     for step in range(first, first + steps):
         for p, g in zip(params, gradients([p.detach() for p in params], step), strict=True):
             p.grad = g

@@ -22,7 +22,9 @@ def parameters(dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
 
 
-def train(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: int = 4, first: int = 0) -> None:
+def train(
+    params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: int = 4, first: int = 0
+) -> None:
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(100 + step)
         for p in params:
@@ -59,7 +61,10 @@ def test_replays_the_authors_average(backend: str) -> None:
             optimizer.eval()
             for i, p in enumerate(params):
                 torch.testing.assert_close(
-                    p.detach(), recorded[f"param{i}_eval_step{steps}"].to(dtype), rtol=tolerance, atol=tolerance
+                    p.detach(),
+                    recorded[f"param{i}_eval_step{steps}"].to(dtype),
+                    rtol=tolerance,
+                    atol=tolerance,
                 )
             optimizer.train()
             for i, p in enumerate(params):
@@ -275,7 +280,8 @@ def test_gradients_that_are_not_finite_stay_where_they_are(value: float) -> None
 def test_a_compiled_step_gives_the_bits_of_an_eager_one() -> None:
     eager, compiled = parameters(torch.float32), parameters(torch.float32)
     optimizers = [
-        ng.optim.ScheduleFreeAdamW(params, lr=torch.tensor(0.1), warmup_steps=3) for params in (eager, compiled)
+        ng.optim.ScheduleFreeAdamW(params, lr=torch.tensor(0.1), warmup_steps=3)
+        for params in (eager, compiled)
     ]
     step = torch.compile(optimizers[1].step, fullgraph=True, backend="aot_eager")
     for number in range(4):

@@ -1,5 +1,5 @@
-// SAM (Foret et al., arXiv 2010.01412) and its scale-invariant form (Kwon et al., arXiv 2102.11600): the climb along
-// the gradient. The state takes the value from before it.
+// SAM (Foret et al., arXiv 2010.01412) and its scale-invariant form (Kwon et al., arXiv 2102.11600): the
+// climb along the gradient. The state takes the value from before it.
 #pragma once
 
 #include "optim/rule.h"

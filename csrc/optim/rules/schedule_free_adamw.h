@@ -1,5 +1,5 @@
-// Schedule-free AdamW (Defazio et al., "The Road Less Scheduled", arXiv 2405.15682). The parameter is the point y where
-// gradients are taken; z takes the steps, and their average follows from both.
+// Schedule-free AdamW (Defazio et al., "The Road Less Scheduled", arXiv 2405.15682). The parameter is the
+// point y where gradients are taken; z takes the steps, and their average follows from both.
 #pragma once
 
 #include "optim/rule.h"
@@ -14,7 +14,7 @@ constexpr int options = 4;  // beta1, beta2, weight_decay, eps
 template <int Variant>
 struct Rule : RuleDefaults {
     static constexpr int states = 2;  // z, exp_avg_sq
-    static constexpr int given = 3;   // the learning rate, the average's weight, the second moment's correction
+    static constexpr int given = 3;   // the rate, the average's weight, the second moment's correction
     static NG_HOST_DEVICE constexpr bool is_signed(int state) { return state == 0; }
 
     template <class T>

@@ -1,5 +1,5 @@
-// Schedule-free SGD (Defazio et al., "The Road Less Scheduled", arXiv 2405.15682), and the move between the point
-// where gradients are taken and the average.
+// Schedule-free SGD (Defazio et al., "The Road Less Scheduled", arXiv 2405.15682), and the move between the
+// point where gradients are taken and the average.
 #pragma once
 
 #include "optim/rule.h"

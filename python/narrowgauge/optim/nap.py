@@ -93,7 +93,7 @@ def _squares(
 
 
 def project(call: Call) -> None:
-    """Gives the parameters of a call, whose step is done, the norms in their states: two launches, no synchronisation."""
+    """Gives the parameters of a call, whose step is done, the norms in their states, in two passes."""
     group, whole, params = call.group, call.whole, call.params
     by_rows, every, how = (
         _is_by_rows(group["project_norm"], whole[0]),
@@ -169,7 +169,8 @@ def nap_(params: Tensor | Sequence[Tensor], rho: Tensor | float | Sequence[Tenso
             )
         if by_rows:
             norms_shape("row", p)  # its sharding must allow it
-        batches.setdefault((p.dtype, p.device, tensors.sharding(p), by_rows), []).append((p, norm))
+        if p.numel() > 0:
+            batches.setdefault((p.dtype, p.device, tensors.sharding(p), by_rows), []).append((p, norm))
     for (*_, by_rows), batch in batches.items():
         _project_batch([p for p, _ in batch], [norm for _, norm in batch], by_rows)
 

@@ -1,4 +1,5 @@
-"""Prodigy (Mishchenko and Defazio, "Prodigy: An Expeditiously Adaptive Parameter-Free Learner", ICML 2024, arXiv 2306.06101)."""
+"""Prodigy (Mishchenko and Defazio, "Prodigy: An Expeditiously Adaptive Parameter-Free Learner", ICML 2024,
+arXiv 2306.06101)."""
 
 from __future__ import annotations
 
@@ -200,7 +201,13 @@ class Prodigy(ElementwiseOptimizer):
 
     def _options(self, group: dict[str, Any]) -> list[float]:
         (beta1, beta2), beta3 = self.param_groups[0]["betas"], self.param_groups[0]["beta3"]
-        return [beta1, beta2, math.sqrt(beta2) if beta3 is None else beta3, group["weight_decay"], group["eps"]]
+        return [
+            beta1,
+            beta2,
+            math.sqrt(beta2) if beta3 is None else beta3,
+            group["weight_decay"],
+            group["eps"],
+        ]
 
     # --- the step ---
 
@@ -228,7 +235,12 @@ class Prodigy(ElementwiseOptimizer):
         began = [tensors.like(shard, p) for shard, p in zip(shards, call.params, strict=True)]
         result = prodigy_rule.reduce(
             *(call.params, call.grads, began, [], call.steps, None, None, 0.0, self._options(call.group)),
-            *(call.variant + 2, codec.FORMATS["fp32"].number, PARAM_UPDATES.index(call.param_update), call.rests),
+            *(
+                call.variant + 2,
+                codec.FORMATS["fp32"].number,
+                PARAM_UPDATES.index(call.param_update),
+                call.rests,
+            ),
             *(call.group["maximize"], [], call.grad_scale, call.clip),
         )
         return tensors.sum_over_shards(result.double(), call.whole[0])

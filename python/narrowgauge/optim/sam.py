@@ -46,7 +46,9 @@ sam_rule = Rule(
 class _Batch:
     """Parameters that one call takes: their shards, the gradients', and where the old values go."""
 
-    def __init__(self, whole: list[Tensor], grads: list[Tensor], indices: list[int], rho: float, adaptive: bool) -> None:
+    def __init__(
+        self, whole: list[Tensor], grads: list[Tensor], indices: list[int], rho: float, adaptive: bool
+    ) -> None:
         self.whole, self.indices, self.rho, self.variant = whole, indices, rho, int(adaptive)
         self.shards = [tensors.local(p.detach()) for p in whole]
         self.params = [shard if tensors.is_dense(shard) else shard.contiguous() for shard in self.shards]
@@ -147,9 +149,7 @@ def sam_perturb_(
             )
     if not params:
         return []
-    batches = _batches(
-        (i, p, g, rho, adaptive) for i, (p, g) in enumerate(zip(params, grads, strict=True))
-    )
+    batches = _batches((i, p, g, rho, adaptive) for i, (p, g) in enumerate(zip(params, grads, strict=True)))
     narrow = any(batch.params[0].dtype is torch.bfloat16 for batch in batches)
     _climb(batches, None, int(torch.randint(2**62, ())) if narrow else 0)
     kept = {index: old for batch in batches for index, old in zip(batch.indices, batch.old, strict=True)}
@@ -209,7 +209,9 @@ class SAM(torch.optim.Optimizer):
         self.base_optimizer, self.every = base_optimizer, every
         self._climbed: list[_Batch] = []
         self._norm: Tensor | None = None
-        super().__init__(base_optimizer.param_groups, {"sam_rho": rho, "sam_adaptive": adaptive, "sam_step": 0})
+        super().__init__(
+            base_optimizer.param_groups, {"sam_rho": rho, "sam_adaptive": adaptive, "sam_step": 0}
+        )
         self._share()
 
     def _share(self) -> None:
@@ -250,9 +252,7 @@ class SAM(torch.optim.Optimizer):
         step = self.param_groups[0]["sam_step"]
         if step % self.every:
             return False
-        entries = (
-            (p, group) for group in self.param_groups for p in group["params"]
-        )
+        entries = ((p, group) for group in self.param_groups for p in group["params"])
         self._climbed = _batches(
             (i, p, p.grad, group["sam_rho"], group["sam_adaptive"])
             for i, (p, group) in enumerate(entries)
@@ -283,7 +283,9 @@ class SAM(torch.optim.Optimizer):
             group["sam_step"] += 1
         if skip is not None and self._step_supports_amp_scaling:
             found = flags.get("found_inf")
-            flags["found_inf"] = skip if found is None else torch.maximum(skip, found.to(skip.device).reshape(()))
+            flags["found_inf"] = (
+                skip if found is None else torch.maximum(skip, found.to(skip.device).reshape(()))
+            )
         elif skip is not None and skip.item() != 0:
             return
         before = {name: vars(base).get(name) for name in flags}
