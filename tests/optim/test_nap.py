@@ -201,6 +201,61 @@ def test_refuses() -> None:
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
 
 
+# --- beside any optimizer ---
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(3, 4, 2, dtype=torch.float64), nn.LayerNorm(4, dtype=torch.float64)
+        self.head = nn.Linear(4, 2, dtype=torch.float64)
+        with torch.no_grad():
+            self.norm.bias.fill_(0.5)
+
+
+@pytest.mark.parametrize("affine", ["none", "joint", "decay", "free"])
+@pytest.mark.parametrize("exclude_output", [True, False])
+def test_projector_of_a_module(affine: str, exclude_output: bool) -> None:
+    net = Net()
+    start = {name: p.detach().clone() for name, p in net.named_parameters()}
+    projector = ng.optim.NormProjector(net, 2, exclude_output, affine, affine_decay=0.25)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(1.5)
+    moved = {name: p.detach().clone() for name, p in net.named_parameters()}
+    projector.project_()
+    assert all(torch.equal(p, moved[name]) for name, p in net.named_parameters())
+    projector.project_()
+    kept = {"conv.weight", *([] if exclude_output else ["head.weight"])}
+    kept |= {"norm.weight", "norm.bias"} if affine == "joint" else set()
+    for name, p in net.named_parameters():
+        expected = start[name] if name in kept else moved[name]
+        if affine == "decay" and name.startswith("norm"):
+            expected = moved[name] + 0.25 * (start[name] - moved[name])
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-7, atol=1e-7)
+
+
+def test_projector_resumes_and_takes_what_it_is_given() -> None:
+    bias = nn.Parameter(torch.tensor([3.0, 4.0]))
+    projector = ng.optim.NormProjector([bias], every=2)
+    projector.project_()
+    with torch.no_grad():
+        bias.mul_(2)
+    other = ng.optim.NormProjector([bias], every=2)
+    other.load_state_dict(projector.state_dict())
+    other.project_()
+    torch.testing.assert_close(bias.detach(), torch.tensor([3.0, 4.0]))
+    two = ng.optim.NormProjector([bias, bias])
+    with pytest.raises(ValueError, match="has 1 weights and 0 normalization layers, this projector has 2 and 0"):
+        two.load_state_dict(projector.state_dict())
+    with pytest.raises(ValueError, match="has no weights to project"):
+        ng.optim.NormProjector(nn.LayerNorm(3))
+    with pytest.raises(ValueError, match="affine must be one of"):
+        ng.optim.NormProjector([bias], affine="both")
+    with pytest.raises(ValueError, match="every must be a whole number"):
+        ng.optim.NormProjector([bias], every=0)
+
+
 # --- the option ---
 
 

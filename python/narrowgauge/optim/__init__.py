@@ -7,7 +7,7 @@ from narrowgauge.optim.galore import GaLoreAdamW
 from narrowgauge.optim.gradnormlorp import GradNormLoRP
 from narrowgauge.optim.master import bf16_stochastic_round, join_master, kahan_add, split_master
 from narrowgauge.optim.muon import Muon, muon_groups, newton_schulz
-from narrowgauge.optim.nap import nap_
+from narrowgauge.optim.nap import NormProjector, nap_
 from narrowgauge.optim.normalized import NormalizedSGD, normalized_logistic_step_
 from narrowgauge.optim.prodigy import Prodigy
 from narrowgauge.optim.sam import SAM, sam_perturb_, sam_restore_
@@ -23,6 +23,7 @@ __all__ = [
     "GaLoreAdamW",
     "GradNormLoRP",
     "Muon",
+    "NormProjector",
     "NormalizedSGD",
     "Prodigy",
     "ScheduleFreeAdamW",

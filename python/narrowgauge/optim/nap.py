@@ -3,13 +3,14 @@ NeurIPS 2024, arXiv 2407.01800): weights keep the norm they began with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from narrowgauge.ops import system
+from narrowgauge.ops import checks, system
 from narrowgauge.optim import codec, tensors
 from narrowgauge.optim.elementwise import Rule, stream_seed
 from narrowgauge.optim.rule_samples import PARAM_UPDATES, row_count
@@ -210,12 +211,109 @@ def _project_batch(whole: list[Tensor], norms: list[Tensor], by_rows: bool) -> N
         torch.autograd.graph.increment_version(whole)
 
 
+class NormProjector:
+    """Keeps the norms of weights beside any optimizer: call `project_` after every step.
+
+    The norms are those at construction. Of a module the weights of linear and convolution layers are taken; the last
+    layer is left out, because nothing normalizes what it gives.
+
+    Args:
+        params_or_module: A module, or tensors, which are taken as they are.
+        every: Project at every so many-th call only.
+        exclude_output: Leave out a module's last such layer.
+        affine: What happens to scales and offsets of the module's normalization layers. ``"none"`` and ``"free"``:
+            nothing; ``"joint"``: the two of a layer keep their joint norm; ``"decay"``: they are drawn towards their
+            first values.
+        affine_decay: By what share of the way, at each projection.
+
+    Raises:
+        ValueError: An argument is out of range, or there is nothing to project.
+    """
+
+    def __init__(
+        self,
+        params_or_module: torch.nn.Module | Iterable[Tensor],
+        every: int = 1,
+        exclude_output: bool = True,
+        affine: str = "none",
+        *,
+        affine_decay: float = 0.01,
+    ) -> None:
+        checks.check_choice("NormProjector", "affine", affine, ("none", "joint", "decay", "free"))
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"NormProjector: every must be a whole number >= 1, got {every!r}")
+        if not 0 <= affine_decay <= 1:
+            raise ValueError(f"NormProjector: affine_decay must be in [0, 1], got {affine_decay!r}")
+        self.every, self.affine, self.affine_decay, self.calls = every, affine, affine_decay, 0
+        self.params: list[Tensor] = []
+        self.affine_params: list[list[Tensor]] = []
+        if isinstance(params_or_module, torch.nn.Module):
+            kinds = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
+            layers = list(params_or_module.modules())
+            weights = [layer.weight for layer in layers if isinstance(layer, kinds)]
+            self.params = weights[:-1] if exclude_output else weights
+            if affine in ("joint", "decay"):
+                pairs = [_affine_of(layer) for layer in layers]
+                self.affine_params = [pair for pair in pairs if pair]
+        else:
+            self.params = list(params_or_module)
+        if not self.params:
+            raise ValueError("NormProjector: params_or_module has no weights to project")
+        self.rho = [torch.zeros((), dtype=torch.float32, device=p.device) for p in self.params]
+        for p, rho in zip(self.params, self.rho, strict=True):
+            write_norms("tensor", p, rho)
+        self.affine_start = [[p.detach().clone() for p in pair] for pair in self.affine_params]
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Projects, at every so many-th call."""
+        self.calls += 1
+        if self.calls % self.every:
+            return
+        nap_(self.params, self.rho)
+        for pair, start in zip(self.affine_params, self.affine_start, strict=True):
+            if self.affine == "decay":
+                torch._foreach_lerp_(pair, start, self.affine_decay)
+                continue
+            target, norm = (torch.stack(torch._foreach_norm(values)).norm() for values in (start, pair))
+            torch._foreach_mul_(pair, torch.where(norm > 0, target / norm, 1.0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The norms and first values that are kept, and the number of calls."""
+        return {"rho": self.rho, "affine_start": self.affine_start, "calls": self.calls}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave for the same parameters."""
+        count, pairs = len(state_dict["rho"]), len(state_dict["affine_start"])
+        if (count, pairs) != (len(self.rho), len(self.affine_start)):
+            raise ValueError(
+                f"NormProjector.load_state_dict: it has {count} weights and {pairs} normalization layers, "
+                f"this projector has {len(self.rho)} and {len(self.affine_start)}; nothing was loaded"
+            )
+        self.calls = state_dict["calls"]
+        mine = [*self.rho, *chain.from_iterable(self.affine_start)]
+        saved = [*state_dict["rho"], *chain.from_iterable(state_dict["affine_start"])]
+        for target, value in zip(mine, saved, strict=True):
+            target.copy_(value)
+
+
+def _affine_of(layer: torch.nn.Module) -> list[Tensor]:
+    """Scale and offset of a normalization layer, as far as it has them."""
+    if "norm" not in type(layer).__name__.lower():
+        return []
+    own = dict(layer.named_parameters(recurse=False))
+    return [own[name] for name in ("weight", "bias") if name in own]
+
+
 system(
     "nap",
     title="NaP (normalize-and-project)",
     source="arXiv 2407.01800",
     page="optim/nap.md",
     functions=("optim.nap_",),
+    modules=("optim.NormProjector",),
     operators=("nap_", "nap_sums"),
     golden=("nap",),
+    bench=("nap",),
 )
