@@ -93,6 +93,15 @@ def _squares(
     return sums[:, 0].double()
 
 
+def _joined(rho: list[Tensor], counts: list[int], by_rows: bool, like: Tensor) -> Tensor:
+    """The norms of all parameters, or of all their rows, in one tensor."""
+    first = rho[0]
+    if not by_rows and all(x.dim() == 0 and x.dtype is first.dtype and x.device == first.device for x in rho):
+        return torch.stack(rho).to(like)
+    shards = (tensors.local(x).reshape(-1)[:count] for x, count in zip(rho, counts, strict=True))
+    return torch.cat([shard.to(like) for shard in shards])
+
+
 def project(call: Call) -> None:
     """Gives the parameters of a call, whose step is done, the norms in their states, in two passes."""
     group, whole, params = call.group, call.whole, call.params
@@ -105,18 +114,20 @@ def project(call: Call) -> None:
         how = "nearest"  # only states are rounded so
     number, stochastic = PARAM_UPDATES.index(how), how == "stochastic"
     # The rule counts steps of its own; these copies hold the number of this one.
-    steps = list(torch.stack([step.reshape(()) for step in call.steps]).unbind())
+    steps = list(torch.stack(call.steps).unbind())
     rests, narrow = call.rests, call.copies
     if not by_rows:  # any order of the elements will do
-        params, rests, narrow = ([codec.flat(x) for x in items] for items in (params, rests, narrow))
+        params, rests, narrow = (
+            [x if x.is_contiguous() else codec.flat(x) for x in items] for items in (params, rests, narrow)
+        )
     lengths = [_row_length(p, by_rows) for p in params]
     counts = [row_count(p, length) for p, length in zip(params, lengths, strict=True)]
     squares = _squares(params, lengths, steps, number, rests)
     if not by_rows:
         squares = tensors.sum_over_shards(squares, whole[0])
     states = call.optimizer.state
-    kept = [tensors.local(states[p]["rho"]).view(-1)[:count] for p, count in zip(whole, counts, strict=True)]
-    factor, skip = _factors(squares, torch.cat(kept).double()), call.found_inf
+    rho = _joined([states[p]["rho"] for p in whole], counts, by_rows, squares)
+    factor, skip = _factors(squares, rho), call.found_inf
     if every > 1:
         due = torch.stack(steps) % every == 0
         of_rows = torch.cat([flag.expand(count) for flag, count in zip(due.unbind(), counts, strict=True)])
@@ -177,31 +188,17 @@ def nap_(params: Tensor | Sequence[Tensor], rho: Tensor | float | Sequence[Tenso
 
 
 def _project_batch(whole: list[Tensor], norms: list[Tensor], by_rows: bool) -> None:
-    shards = [tensors.local(p.detach()) for p in whole]
-    params = [shard.contiguous() for shard in shards]
+    shards = [tensors.local(p) for p in whole]
+    params = [shard if shard.is_contiguous() else shard.contiguous() for shard in shards]
     steps = list(torch.zeros(len(params), device=params[0].device).unbind())
     lengths = [_row_length(p, by_rows) for p in params]
     squares = _squares(params, lengths, steps, 0, [])
     if not by_rows:
         squares = tensors.sum_over_shards(squares, whole[0])
     counts = [row_count(p, length) for p, length in zip(params, lengths, strict=True)]
-    kept = [
-        tensors.local(norm).reshape(-1)[:count].to(squares) for norm, count in zip(norms, counts, strict=True)
-    ]
+    factor = _factors(squares, _joined(norms, counts, by_rows, squares)).to(_compute(params[0]))
     nap_rule.step(
-        *(params, params, [], [], steps, [], [], [], None),
-        *(
-            _factors(squares, torch.cat(kept)).to(_compute(params[0])),
-            None,
-            0.0,
-            [],
-            0,
-            0,
-            0,
-            False,
-            False,
-            0.0,
-        ),
+        *(params, params, [], [], steps, [], [], [], None, factor, None, 0.0, [], 0, 0, 0, False, False, 0.0),
         *(lengths, 0, [], [], None, None, None),
     )
     for shard, p in zip(shards, params, strict=True):

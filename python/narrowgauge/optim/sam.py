@@ -50,11 +50,12 @@ class _Batch:
         self, whole: list[Tensor], grads: list[Tensor], indices: list[int], rho: float, adaptive: bool
     ) -> None:
         self.whole, self.indices, self.rho, self.variant = whole, indices, rho, int(adaptive)
-        self.shards = [tensors.local(p.detach()) for p in whole]
-        self.params = [shard if tensors.is_dense(shard) else shard.contiguous() for shard in self.shards]
-        self.grads = [
-            tensors.like(tensors.local(g.detach()), p) for g, p in zip(grads, self.params, strict=True)
+        self.shards = [tensors.local(p) for p in whole]
+        self.params = [
+            shard if shard.is_contiguous() or tensors.is_dense(shard) else shard.contiguous()
+            for shard in self.shards
         ]
+        self.grads = [tensors.like(tensors.local(g), p) for g, p in zip(grads, self.params, strict=True)]
         dtype, grad_dtype = self.params[0].dtype, self.grads[0].dtype
         if grad_dtype not in (dtype, torch.float32, torch.bfloat16) or dtype is torch.float64:
             self.grads = [g.to(dtype) for g in self.grads]
@@ -170,7 +171,7 @@ def sam_restore_(params: Sequence[Tensor], old: Sequence[Tensor]) -> None:
     if len(params) != len(old):
         raise ValueError(f"sam_restore_: {len(params)} params need as many old values, got {len(old)}")
     if params:
-        torch._foreach_copy_([tensors.local(p.detach()) for p in params], [tensors.local(x) for x in old])
+        torch._foreach_copy_([tensors.local(p) for p in params], [tensors.local(x) for x in old])
         torch.autograd.graph.increment_version(params)
 
 

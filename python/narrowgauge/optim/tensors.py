@@ -19,6 +19,8 @@ def dtensor_class() -> Any:
 
 
 def is_dtensor(x: Any) -> bool:
+    if type(x) is Tensor or type(x) is torch.nn.Parameter:
+        return False
     dtensor = dtensor_class()
     return dtensor is not None and isinstance(x, dtensor)
 
