@@ -15,7 +15,11 @@ from narrowgauge.optim.lars import LARS
 from narrowgauge.optim.master import bf16_stochastic_round, join_master, kahan_add, split_master
 from narrowgauge.optim.memory import memory
 from narrowgauge.optim.muon import Muon, muon_groups, newton_schulz
+from narrowgauge.optim.nap import NormProjector, nap_
 from narrowgauge.optim.normalized import NormalizedSGD, normalized_logistic_step_
+from narrowgauge.optim.prodigy import Prodigy
+from narrowgauge.optim.sam import SAM, sam_perturb_, sam_restore_
+from narrowgauge.optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from narrowgauge.optim.sgdp import SGDP
 from narrowgauge.optim.shampoo import Shampoo
 from narrowgauge.optim.soap import SOAP
@@ -24,6 +28,7 @@ from narrowgauge.optim.stable_adamw import StableAdamW
 __all__ = [
     "LAMB",
     "LARS",
+    "SAM",
     "SGDP",
     "SOAP",
     "Adafactor",
@@ -34,7 +39,11 @@ __all__ = [
     "GaLoreAdamW",
     "GradNormLoRP",
     "Muon",
+    "NormProjector",
     "NormalizedSGD",
+    "Prodigy",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
     "Shampoo",
     "StableAdamW",
     "bf16_stochastic_round",
@@ -48,8 +57,11 @@ __all__ = [
     "kahan_add",
     "memory",
     "muon_groups",
+    "nap_",
     "newton_schulz",
     "normalized_logistic_step_",
+    "sam_perturb_",
+    "sam_restore_",
     "split_master",
     "step_in_backward",
 ]

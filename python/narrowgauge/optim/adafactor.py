@@ -288,7 +288,7 @@ class _AdafactorCall(Call):
             *(zero_grad, group["ema_decay"] or 0.0, self.row_lengths, self.matrix_rows, group["seed"]),
             *(indices, [0] * len(indices), self.grad_scale, self.clip, self.found_inf),
         )
-        self._finish()
+        self.finish()
 
 
 class Adafactor(ElementwiseOptimizer):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from narrowgauge.ops import checks
-from narrowgauge.optim import codec, tensors
+from narrowgauge.optim import codec, nap, tensors
 from narrowgauge.optim.checkpoint import Checkpoints
 from narrowgauge.optim.elementwise import Rule
 from narrowgauge.optim.l2_norm import squared_norms
@@ -52,6 +52,9 @@ class Common(TypedDict, total=False):
         seed: Seed of the stochastic rounding.
         min_quantized_size: Smaller parameters keep float32 states. Counted over all shards.
         ema_decay: Keep a float32 moving average of the parameters, ``ema``, with this decay.
+        project_norm: After the step scale every parameter (``True`` or ``"tensor"``), or each of its rows (``"row"``),
+            back to the norm it had at its first step, ``rho`` (NaP, arXiv 2407.01800).
+        project_every: Do so only at every so many-th step.
     """
 
     maximize: bool
@@ -65,6 +68,8 @@ class Common(TypedDict, total=False):
     seed: int
     min_quantized_size: int
     ema_decay: float | None
+    project_norm: bool | str
+    project_every: int
 
 
 COMMON_DEFAULTS: dict[str, Any] = {
@@ -79,6 +84,8 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "min_quantized_size": 4096,
     "ema_decay": None,
+    "project_norm": False,
+    "project_every": 1,
 }
 
 
@@ -237,10 +244,10 @@ class Call:
                 self.found_inf,
             ),
         )
-        self._finish()
+        self.finish()
 
-    def _finish(self) -> None:
-        """What follows a step: copies go back to where they came from, and autograd learns of the change."""
+    def finish(self) -> None:
+        """What follows a change: copies go back to where they came from, and autograd learns of it."""
         for target, value in self.written_back:
             target.copy_(value)
         if not torch.compiler.is_compiling():
@@ -250,7 +257,7 @@ class Call:
         """This process's shards, as real numbers in dense tensors of one layout."""
         params, grads, states, scales, steps, rests, emas, copies = lists
         result: list[list[Any]] = [[] for _ in LISTS]
-        needs_rows = self.optimizer._uses_rows(self.variant)
+        needs_rows = self.optimizer._uses_rows(self.variant) or self.group["project_norm"] == "row"
         per_param = len(states) // len(params)
         record = codec.FORMATS[self.group["state_dtype"]]
         packed = self.coded and record.codes_per_byte > 1
@@ -367,6 +374,10 @@ class ElementwiseOptimizer(Checkpoints):
         check_range(name, "min_quantized_size", group["min_quantized_size"], 0)
         if group["ema_decay"] is not None:
             check_range(name, "ema_decay", group["ema_decay"], 0, 1)
+        checks.check_choice(name, "project_norm", group["project_norm"], nap.CHOICES)
+        every = group["project_every"]
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"{name}: project_every must be a whole number >= 1, got {every!r}")
         if group["differentiable"]:
             raise ValueError(
                 f"{name}: differentiable=True is not offered, the fused step has no gradient; "
@@ -452,6 +463,8 @@ class ElementwiseOptimizer(Checkpoints):
             kept = [p.detach().clone() for p, _ in pairs]
             for p, ema in pairs:
                 p.copy_(ema)
+            projected = [p for p, _ in pairs if "rho" in self.state[p]]
+            nap.nap_(projected, [self.state[p]["rho"] for p in projected])
         try:
             yield
         finally:
@@ -477,6 +490,7 @@ class ElementwiseOptimizer(Checkpoints):
         by_rows = self._uses_rows(self._variant(group))
         with_sums = self._rule.sums_of(self._variant(group)) > 0
         ema, rest_name = group["ema_decay"] is not None, self._rest_name(group)
+        projected = bool(group["project_norm"])
         copies, only = self._copies, self._only
         batches: dict[Any, _Batch] = {}
         previous = None
@@ -508,8 +522,10 @@ class ElementwiseOptimizer(Checkpoints):
                 rest,
                 copy is not None and copy.dtype,
             )
-            if by_rows or with_sums:
+            if by_rows or with_sums or projected:
                 key = (*key, tensors.sharding(p))
+            if projected:
+                key = (*key, p.dim() > 1)
             if key != previous:
                 batch = batches.get(key)
                 if batch is None:
@@ -600,6 +616,9 @@ class ElementwiseOptimizer(Checkpoints):
         for call in calls:
             given, rows = self._given(call)
             call.step(given, rows, zero_grad)
+        for call in calls:
+            if call.group["project_norm"]:
+                nap.project(call)
         self._end_step(calls)
         return loss
 

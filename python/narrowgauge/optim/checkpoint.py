@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from narrowgauge.optim import codec, tensors
+from narrowgauge.optim import codec, nap, tensors
 
 # Options that describe how this optimizer stores things; a checkpoint may not change them.
 STORAGE_OPTIONS = ("state_dtype", "min_quantized_size", "param_update", "split_bits", "use_muon")
@@ -87,6 +87,10 @@ class Checkpoints(torch.optim.Optimizer):
             layout["param_low"] = Entry(torch.int8 if group["split_bits"] == 8 else torch.int16)
         if group["ema_decay"] is not None:
             layout["ema"] = Entry(p.dtype if p.is_complex() else torch.float32)
+        if group["project_norm"]:
+            wide = p.dtype in (torch.float64, torch.complex128)
+            norms = nap.norms_shape(group["project_norm"], p)
+            layout["rho"] = Entry(torch.float64 if wide else torch.float32, norms)
         return layout | self._own_layout(group, p)
 
     def _new_state(self, p: Tensor, entry: Entry) -> Tensor:
@@ -94,9 +98,10 @@ class Checkpoints(torch.optim.Optimizer):
             return torch.zeros_like(
                 p, dtype=entry.dtype, memory_format=torch.preserve_format, requires_grad=False
             )
-        if tensors.is_dtensor(p):
+        shape = entry.shape(p.numel())
+        if tensors.is_dtensor(p) and shape:
             return tensors.new_sharded(p, entry.shape, entry.dtype)
-        return torch.zeros(entry.shape(p.numel()), dtype=entry.dtype, device=p.device)
+        return torch.zeros(shape, dtype=entry.dtype, device=p.device)
 
     def _init_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]
@@ -105,6 +110,8 @@ class Checkpoints(torch.optim.Optimizer):
             state[name] = self._new_state(p, entry)
         if "ema" in state:
             state["ema"].copy_(p.detach())
+        if "rho" in state:
+            nap.write_norms(group["project_norm"], p, state["rho"])
         self._init_own(group, p, state)
         return state
 
@@ -215,6 +222,8 @@ class Checkpoints(torch.optim.Optimizer):
             "maximize",
             "seed",
             "ema_decay",
+            "project_norm",
+            "project_every",
             "cautious",
             *STORAGE_OPTIONS,
         }

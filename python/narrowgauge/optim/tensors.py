@@ -17,6 +17,8 @@ def dtensor_class() -> Any:
 
 
 def is_dtensor(x: Any) -> bool:
+    if type(x) is Tensor or type(x) is torch.nn.Parameter:
+        return False
     dtensor = dtensor_class()
     return dtensor is not None and isinstance(x, dtensor)
 
@@ -94,3 +96,17 @@ def sum_over_shards(value: Tensor, p: Any, inside_rows: bool | None = None) -> T
             if placement.is_shard() and inside_rows in (None, placement.dim != 0):
                 dist.all_reduce(value, group=p.device_mesh.get_group(dim))
     return value
+
+
+def group_number(group: dict[str, Any], name: str, device: torch.device) -> Tensor:
+    """A number that a group keeps between steps, as float64 on the device; replaced by a tensor where it is none.
+
+    Of shape (1,): torch.compile loses what is written to a float64 tensor without dimensions on the CPU.
+    """
+    value = group[name]
+    if not isinstance(value, Tensor):
+        group[name] = value = torch.full((1,), value, dtype=torch.float64, device=device)
+    elif value.dtype is not torch.float64 or value.device != device or value.dim() != 1:
+        group[name] = value = value.to(device, torch.float64).reshape(1)
+    return value
+
