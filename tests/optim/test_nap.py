@@ -246,7 +246,9 @@ def test_projector_resumes_and_takes_what_it_is_given() -> None:
     other.project_()
     torch.testing.assert_close(bias.detach(), torch.tensor([3.0, 4.0]))
     two = ng.optim.NormProjector([bias, bias])
-    with pytest.raises(ValueError, match="has 1 weights and 0 normalization layers, this projector has 2 and 0"):
+    with pytest.raises(
+        ValueError, match="has 1 weights and 0 normalization layers, this projector has 2 and 0"
+    ):
         two.load_state_dict(projector.state_dict())
     with pytest.raises(ValueError, match="has no weights to project"):
         ng.optim.NormProjector(nn.LayerNorm(3))

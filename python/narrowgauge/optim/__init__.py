@@ -1,17 +1,21 @@
 """Optimizers: one fused kernel over all parameters, with narrow states and parameters."""
 
 from narrowgauge.optim.adafactor import Adafactor
+from narrowgauge.optim.adam_atan2 import AdamAtan2
 from narrowgauge.optim.adam_mini import AdamMini
 from narrowgauge.optim.adamp import AdamP
 from narrowgauge.optim.adamw import Adam, AdamW
+from narrowgauge.optim.ademamix import AdEMAMix
 from narrowgauge.optim.codec import bytes_per_element, decode_state, encode_state
 from narrowgauge.optim.convert import import_bitsandbytes_state, import_torchao_state
+from narrowgauge.optim.diffgrad import DiffGrad
 from narrowgauge.optim.from_torch import from_torch
 from narrowgauge.optim.galore import GaLoreAdamW
 from narrowgauge.optim.gradnormlorp import GradNormLoRP
 from narrowgauge.optim.in_backward import step_in_backward
 from narrowgauge.optim.lamb import LAMB
 from narrowgauge.optim.lars import LARS
+from narrowgauge.optim.lion import Lion
 from narrowgauge.optim.master import bf16_stochastic_round, join_master, kahan_add, split_master
 from narrowgauge.optim.memory import memory
 from narrowgauge.optim.muon import Muon, muon_groups, newton_schulz
@@ -31,13 +35,17 @@ __all__ = [
     "SAM",
     "SGDP",
     "SOAP",
+    "AdEMAMix",
     "Adafactor",
     "Adam",
+    "AdamAtan2",
     "AdamMini",
     "AdamP",
     "AdamW",
+    "DiffGrad",
     "GaLoreAdamW",
     "GradNormLoRP",
+    "Lion",
     "Muon",
     "NormProjector",
     "NormalizedSGD",
