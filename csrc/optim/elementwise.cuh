@@ -196,9 +196,10 @@ __device__ __forceinline__ void apply_rule(T (&p)[N], const T (&g)[N], T (&state
 
 // Blocks per multiprocessor: what 64 registers a thread allow, fewer where a thread holds more.
 template <class Rule, bool General>
-constexpr int elementwise_occupancy = General                           ? 2
-                                      : Rule::states > 2 || Rule::heavy ? 3
-                                                                        : 4;
+constexpr int elementwise_occupancy =
+    General ? 2
+            : 4 - (Rule::states > 2 ? 1 : 0) - (Rule::heavy && Rule::states < 4 ? 1 : 0) -
+                  (Rule::states > 3 ? 1 : 0);
 
 // One chunk where the parameter is Param and its states are stored as they are computed.
 template <class Rule, class Param, class T>

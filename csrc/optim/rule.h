@@ -34,7 +34,7 @@ NG_HOST_DEVICE constexpr unsigned state_bit(int k) { return 4u << k; }
 struct RuleDefaults {
     static constexpr int states = 0, sums = 0, given = 0;
     static constexpr bool rows = false;
-    static constexpr bool heavy = false;  // needs more than the 64 registers that four CUDA blocks leave it
+    static constexpr bool heavy = false;  // needs more registers than others with as many states
     static constexpr unsigned sum_reads = 0;
     static NG_HOST_DEVICE constexpr bool is_signed(int) { return true; }
 };

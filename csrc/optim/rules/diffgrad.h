@@ -16,6 +16,7 @@ template <int Variant>
 struct Rule : RuleDefaults {
     static constexpr bool decoupled = Variant & 1, amsgrad = Variant & 2;
     static constexpr int states = amsgrad ? 4 : 3;  // exp_avg, exp_avg_sq, previous_grad, max_exp_avg_sq
+    static constexpr bool heavy = true;
     static NG_HOST_DEVICE constexpr bool is_signed(int state) { return state == 0 || state == 2; }
 
     template <class T>
