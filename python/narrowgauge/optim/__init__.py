@@ -1,9 +1,12 @@
 """Optimizers: one fused kernel over all parameters, with narrow states and parameters."""
 
+from narrowgauge.optim.adabelief import AdaBelief
 from narrowgauge.optim.adafactor import Adafactor
 from narrowgauge.optim.adam_mini import AdamMini
 from narrowgauge.optim.adamp import AdamP
 from narrowgauge.optim.adamw import Adam, AdamW
+from narrowgauge.optim.adan import Adan
+from narrowgauge.optim.adopt import ADOPT
 from narrowgauge.optim.codec import bytes_per_element, decode_state, encode_state
 from narrowgauge.optim.convert import import_bitsandbytes_state, import_torchao_state
 from narrowgauge.optim.from_torch import from_torch
@@ -11,7 +14,9 @@ from narrowgauge.optim.galore import GaLoreAdamW
 from narrowgauge.optim.gradnormlorp import GradNormLoRP
 from narrowgauge.optim.in_backward import step_in_backward
 from narrowgauge.optim.lamb import LAMB
+from narrowgauge.optim.laprop import LaProp
 from narrowgauge.optim.lars import LARS
+from narrowgauge.optim.mars import MARS
 from narrowgauge.optim.master import bf16_stochastic_round, join_master, kahan_add, split_master
 from narrowgauge.optim.memory import memory
 from narrowgauge.optim.muon import Muon, muon_groups, newton_schulz
@@ -26,18 +31,23 @@ from narrowgauge.optim.soap import SOAP
 from narrowgauge.optim.stable_adamw import StableAdamW
 
 __all__ = [
+    "ADOPT",
     "LAMB",
     "LARS",
+    "MARS",
     "SAM",
     "SGDP",
     "SOAP",
+    "AdaBelief",
     "Adafactor",
     "Adam",
     "AdamMini",
     "AdamP",
     "AdamW",
+    "Adan",
     "GaLoreAdamW",
     "GradNormLoRP",
+    "LaProp",
     "Muon",
     "NormProjector",
     "NormalizedSGD",
