@@ -1,11 +1,14 @@
 """Optimizers: one fused kernel over all parameters, with narrow states and parameters."""
 
+from narrowgauge.optim.adabelief import AdaBelief
 from narrowgauge.optim.adafactor import Adafactor
 from narrowgauge.optim.adam_atan2 import AdamAtan2
 from narrowgauge.optim.adam_mini import AdamMini
 from narrowgauge.optim.adamp import AdamP
 from narrowgauge.optim.adamw import Adam, AdamW
+from narrowgauge.optim.adan import Adan
 from narrowgauge.optim.ademamix import AdEMAMix
+from narrowgauge.optim.adopt import ADOPT
 from narrowgauge.optim.codec import bytes_per_element, decode_state, encode_state
 from narrowgauge.optim.convert import import_bitsandbytes_state, import_torchao_state
 from narrowgauge.optim.diffgrad import DiffGrad
@@ -14,8 +17,10 @@ from narrowgauge.optim.galore import GaLoreAdamW
 from narrowgauge.optim.gradnormlorp import GradNormLoRP
 from narrowgauge.optim.in_backward import step_in_backward
 from narrowgauge.optim.lamb import LAMB
+from narrowgauge.optim.laprop import LaProp
 from narrowgauge.optim.lars import LARS
 from narrowgauge.optim.lion import Lion
+from narrowgauge.optim.mars import MARS
 from narrowgauge.optim.master import bf16_stochastic_round, join_master, kahan_add, split_master
 from narrowgauge.optim.memory import memory
 from narrowgauge.optim.muon import Muon, muon_groups, newton_schulz
@@ -30,21 +35,26 @@ from narrowgauge.optim.soap import SOAP
 from narrowgauge.optim.stable_adamw import StableAdamW
 
 __all__ = [
+    "ADOPT",
     "LAMB",
     "LARS",
+    "MARS",
     "SAM",
     "SGDP",
     "SOAP",
     "AdEMAMix",
+    "AdaBelief",
     "Adafactor",
     "Adam",
     "AdamAtan2",
     "AdamMini",
     "AdamP",
     "AdamW",
+    "Adan",
     "DiffGrad",
     "GaLoreAdamW",
     "GradNormLoRP",
+    "LaProp",
     "Lion",
     "Muon",
     "NormProjector",
