@@ -1,7 +1,10 @@
 """Optimizers: one fused kernel over all parameters, with narrow states and parameters."""
 
+from narrowgauge.optim.adadelta import Adadelta
 from narrowgauge.optim.adafactor import Adafactor
+from narrowgauge.optim.adagrad import Adagrad
 from narrowgauge.optim.adam_mini import AdamMini
+from narrowgauge.optim.adamax import Adamax
 from narrowgauge.optim.adamp import AdamP
 from narrowgauge.optim.adamw import Adam, AdamW
 from narrowgauge.optim.codec import bytes_per_element, decode_state, encode_state
@@ -15,11 +18,15 @@ from narrowgauge.optim.lars import LARS
 from narrowgauge.optim.master import bf16_stochastic_round, join_master, kahan_add, split_master
 from narrowgauge.optim.memory import memory
 from narrowgauge.optim.muon import Muon, muon_groups, newton_schulz
+from narrowgauge.optim.nadam import NAdam
 from narrowgauge.optim.nap import NormProjector, nap_
 from narrowgauge.optim.normalized import NormalizedSGD, normalized_logistic_step_
 from narrowgauge.optim.prodigy import Prodigy
+from narrowgauge.optim.radam import RAdam
+from narrowgauge.optim.rmsprop import RMSprop
 from narrowgauge.optim.sam import SAM, sam_perturb_, sam_restore_
 from narrowgauge.optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
+from narrowgauge.optim.sgd import SGD
 from narrowgauge.optim.sgdp import SGDP
 from narrowgauge.optim.shampoo import Shampoo
 from narrowgauge.optim.soap import SOAP
@@ -29,19 +36,26 @@ __all__ = [
     "LAMB",
     "LARS",
     "SAM",
+    "SGD",
     "SGDP",
     "SOAP",
+    "Adadelta",
     "Adafactor",
+    "Adagrad",
     "Adam",
     "AdamMini",
     "AdamP",
     "AdamW",
+    "Adamax",
     "GaLoreAdamW",
     "GradNormLoRP",
     "Muon",
+    "NAdam",
     "NormProjector",
     "NormalizedSGD",
     "Prodigy",
+    "RAdam",
+    "RMSprop",
     "ScheduleFreeAdamW",
     "ScheduleFreeSGD",
     "Shampoo",
