@@ -73,7 +73,8 @@ class Adadelta(ElementwiseOptimizer):
         **common: Unpack[Common],
     ) -> None:
         defaults = {"lr": lr, "rho": rho, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, {**common, "foreach": foreach})
+        merged: Any = {**common, "foreach": foreach}
+        super().__init__(params, defaults, merged)
 
     def _check_options(self, group: dict[str, Any]) -> None:
         for name in ("rho", "eps", "weight_decay"):

@@ -84,7 +84,8 @@ class Adagrad(ElementwiseOptimizer):
             "initial_accumulator_value": initial_accumulator_value,
             "eps": eps,
         }
-        super().__init__(params, defaults, {**common, "foreach": foreach})
+        merged: Any = {**common, "foreach": foreach}
+        super().__init__(params, defaults, merged)
 
     def _check_options(self, group: dict[str, Any]) -> None:
         for name in ("lr_decay", "weight_decay", "initial_accumulator_value", "eps"):

@@ -75,7 +75,8 @@ class Adamax(ElementwiseOptimizer):
         **common: Unpack[Common],
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, {**common, "foreach": foreach})
+        merged: Any = {**common, "foreach": foreach}
+        super().__init__(params, defaults, merged)
 
     def _check_options(self, group: dict[str, Any]) -> None:
         check_betas("Adamax", group["betas"])

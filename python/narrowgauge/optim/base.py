@@ -277,7 +277,9 @@ class Call:
                 self.written_back.append((original, model))
             result[0].append(model)
             result[1].append(kept(grads[i], model))
-            for state in states[i * per_param : (i + 1) * per_param]:  # a shard may hold more codes than it needs
+            for state in states[
+                i * per_param : (i + 1) * per_param
+            ]:  # a shard may hold more codes than it needs
                 codes = record.codes_shape((model.numel(),))[0] if packed else 0
                 result[2].append(tensors.local(state)[:codes] if packed else kept(state, model))
             for scale in scales[i * per_param : (i + 1) * per_param]:

@@ -99,13 +99,14 @@ class RMSprop(ElementwiseOptimizer):
             "momentum": momentum,
             "centered": centered,
         }
-        by_position: Common = {
+        merged: Any = {
+            **common,
             "capturable": capturable,
             "foreach": foreach,
             "maximize": maximize,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults, {**common, **by_position})
+        super().__init__(params, defaults, merged)
 
     def _check_options(self, group: dict[str, Any]) -> None:
         for name in ("alpha", "eps", "weight_decay", "momentum"):
