@@ -31,7 +31,7 @@ def replay(
         folder: Folder of the files.
         pattern: How their names begin.
         make: ``make(params, meta)`` gives the optimizer.
-        tolerances: Relative tolerance by dtype of the parameters. A hundredth of it, times the largest element, is
+        tolerances: Relative tolerance by dtype of the parameters. A tenth of it, times the largest element, is
             allowed where an element is near zero.
         state_names: Our names of recorded states that are called otherwise.
         skip: Names of files, without ``.npz``, that are left out.
@@ -88,7 +88,7 @@ def _assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str) 
         actual.double().reshape(expected.shape),
         expected,
         rtol=tolerance,
-        atol=tolerance * 1e-2 * largest,
+        atol=tolerance * 0.1 * largest,
         equal_nan=True,
         msg=lambda text: f"{what}: {text}",
     )

@@ -1,9 +1,12 @@
 """Optimizers: one fused kernel over all parameters, with narrow states and parameters."""
 
 from narrowgauge.optim.adabelief import AdaBelief
+from narrowgauge.optim.adadelta import Adadelta
 from narrowgauge.optim.adafactor import Adafactor
+from narrowgauge.optim.adagrad import Adagrad
 from narrowgauge.optim.adam_atan2 import AdamAtan2
 from narrowgauge.optim.adam_mini import AdamMini
+from narrowgauge.optim.adamax import Adamax
 from narrowgauge.optim.adamp import AdamP
 from narrowgauge.optim.adamw import Adam, AdamW
 from narrowgauge.optim.adan import Adan
@@ -24,11 +27,15 @@ from narrowgauge.optim.mars import MARS
 from narrowgauge.optim.master import bf16_stochastic_round, join_master, kahan_add, split_master
 from narrowgauge.optim.memory import memory
 from narrowgauge.optim.muon import Muon, muon_groups, newton_schulz
+from narrowgauge.optim.nadam import NAdam
 from narrowgauge.optim.nap import NormProjector, nap_
 from narrowgauge.optim.normalized import NormalizedSGD, normalized_logistic_step_
 from narrowgauge.optim.prodigy import Prodigy
+from narrowgauge.optim.radam import RAdam
+from narrowgauge.optim.rmsprop import RMSprop
 from narrowgauge.optim.sam import SAM, sam_perturb_, sam_restore_
 from narrowgauge.optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
+from narrowgauge.optim.sgd import SGD
 from narrowgauge.optim.sgdp import SGDP
 from narrowgauge.optim.shampoo import Shampoo
 from narrowgauge.optim.soap import SOAP
@@ -40,16 +47,20 @@ __all__ = [
     "LARS",
     "MARS",
     "SAM",
+    "SGD",
     "SGDP",
     "SOAP",
     "AdEMAMix",
     "AdaBelief",
+    "Adadelta",
     "Adafactor",
+    "Adagrad",
     "Adam",
     "AdamAtan2",
     "AdamMini",
     "AdamP",
     "AdamW",
+    "Adamax",
     "Adan",
     "DiffGrad",
     "GaLoreAdamW",
@@ -57,9 +68,12 @@ __all__ = [
     "LaProp",
     "Lion",
     "Muon",
+    "NAdam",
     "NormProjector",
     "NormalizedSGD",
     "Prodigy",
+    "RAdam",
+    "RMSprop",
     "ScheduleFreeAdamW",
     "ScheduleFreeSGD",
     "Shampoo",
