@@ -109,4 +109,3 @@ def group_number(group: dict[str, Any], name: str, device: torch.device) -> Tens
     elif value.dtype is not torch.float64 or value.device != device or value.dim() != 1:
         group[name] = value = value.to(device, torch.float64).reshape(1)
     return value
-
