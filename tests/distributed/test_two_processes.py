@@ -224,6 +224,48 @@ def optimizer_keeps_8_bit_states_shard_by_shard() -> None:
             assert torch.equal(ours.to_local(), theirs), f"shape {tuple(ours.shape)}, dimension {dim}"
 
 
+REDUCING: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
+    "norms": lambda params: ng.optim.AdamW(params, project_norm=True, **OPTIONS),
+    "norms of rows": lambda params: ng.optim.AdamW(params, project_norm="row", **OPTIONS),
+    "Prodigy": lambda params: ng.optim.Prodigy(params, d0=1e-2, eps=1e-4),
+    "schedule-free": lambda params: ng.optim.ScheduleFreeAdamW(params, lr=1e-2, eps=1e-4),
+    "SAM": lambda params: ng.optim.SAM(ng.optim.AdamW(params, **OPTIONS), rho=0.5, adaptive=True),
+}
+
+
+@check
+def optimizers_add_sums_over_shards() -> None:
+    """As one process does with whole tensors; also when the optimizer is saved and loaded between steps."""
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    values, gradients = parameters_and_gradients(torch.float32, 4)
+
+    def run(
+        make: Callable[[list[Tensor]], torch.optim.Optimizer], place: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        params = [nn.Parameter(place(value)) for value in values]
+        optimizer = make(params)
+        for number, gradient in enumerate(gradients):
+            for p, g in zip(params, gradient, strict=True):
+                p.grad = place(g)
+            if isinstance(optimizer, ng.optim.SAM) and number % 2 == 0:
+                optimizer.first_step()
+                continue
+            optimizer.step()
+            if number == 1:
+                state = optimizer.state_dict()
+                optimizer = make(params)
+                optimizer.load_state_dict(state)
+        if isinstance(optimizer, ng.optim.ScheduleFreeAdamW):
+            optimizer.eval()
+        return [p.detach() for p in params]
+
+    for name, make in REDUCING.items():
+        plain = run(make, Tensor.clone)
+        sharded = run(make, lambda x: distribute_tensor(x.clone(), mesh, [Shard(0)]))
+        for ours, theirs in zip(sharded, plain, strict=True):
+            assert torch.allclose(whole(ours), theirs, rtol=1e-5, atol=1e-6), (name, tuple(theirs.shape))
+
+
 def assert_checkpoint_resumes(dtype: torch.dtype, **options: object) -> None:
     """Two steps, save, two steps; against load into a fresh model, the same two steps: the same bits."""
 

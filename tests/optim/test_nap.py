@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import narrowgauge as ng
+from narrowgauge.optim.base import ElementwiseOptimizer
 
 SHAPES = [(7, 5), (3,), (), (0, 2), (2, 3, 4)]
 
@@ -487,11 +488,20 @@ def test_a_compiled_step_gives_the_bits_of_an_eager_one(how: bool | str) -> None
     assert_same_bits(compiled, eager)
 
 
-@pytest.mark.parametrize("kind", ["Prodigy", "ScheduleFreeAdamW", "ScheduleFreeSGD", "Adam"])
-def test_other_optimizers_take_it(kind: str) -> None:
-    params = parameters()
+ELEMENTWISE = [
+    name
+    for name in ng.optim.__all__
+    if isinstance(kind := getattr(ng.optim, name), type) and issubclass(kind, ElementwiseOptimizer)
+]
+
+
+@pytest.mark.parametrize("kind", ELEMENTWISE)
+def test_every_elementwise_optimizer_takes_it(kind: str) -> None:
+    params = parameters(shapes=[(12, 8), (5,), (2, 3, 4, 4)])
     targets = [norm(p) for p in params]
-    optimizer = getattr(ng.optim, kind)(params, lr=0.1, project_norm=True)
+    named, heads = [(f"{i}", p) for i, p in enumerate(params)], {"dim": 8, "n_heads": 2}
+    given, options = (named, heads) if kind == "AdamMini" else (params, {})
+    optimizer = getattr(ng.optim, kind)(given, lr=0.1, project_norm=True, **options)
     train(params, optimizer, 3)
     for p, target in zip(params, targets, strict=True):
         torch.testing.assert_close(norm(p), target, rtol=1e-6, atol=0)

@@ -181,6 +181,14 @@ def test_steps_that_are_skipped_leave_the_estimate() -> None:
     assert all(torch.equal(p, q) for p, q in zip(params, values, strict=True))
 
 
+@pytest.mark.parametrize("decouple", [True, False])
+def test_gradients_are_not_touched(decouple: bool) -> None:
+    params = parameters()
+    expected = gradients([p.detach() for p in params], 0)
+    train(params, ng.optim.Prodigy(params, weight_decay=0.1, decouple=decouple), 1)
+    assert all(torch.equal(p.grad, g) for p, g in zip(params, expected, strict=True))
+
+
 def test_gradients_of_zero_change_nothing() -> None:
     params = parameters()
     before = [p.detach().clone() for p in params]

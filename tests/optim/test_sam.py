@@ -354,6 +354,19 @@ def test_schedulers_and_new_groups_reach_the_inner_optimizer() -> None:
     assert len(optimizer.state) == len(params)
 
 
+def test_copies_are_whole() -> None:
+    params = parameters(torch.float32)
+    optimizer = ng.optim.SAM(ng.optim.AdamW(params, lr=0.1), rho=0.2)
+    optimizer.step(Bowl(params))
+    optimizer.zero_grad()
+    copied, other = copy.deepcopy((params, optimizer))
+    assert other.param_groups is other.base_optimizer.param_groups
+    assert other.param_groups[0]["params"][0] is copied[0]
+    for each, its in ((optimizer, params), (other, copied)):
+        each.step(Bowl(its))
+    assert_equal(params, copied)
+
+
 # --- bad input ---
 
 
@@ -389,4 +402,14 @@ def test_refuses_passes_out_of_order() -> None:
     set_gradients(params, 0)
     optimizer.first_step()
     with pytest.raises(RuntimeError, match="call second_step first"):
+        optimizer.first_step()
+
+
+def test_refuses_sparse_gradients() -> None:
+    layer = nn.Embedding(5, 3, sparse=True)
+    layer(torch.tensor([1, 2])).sum().backward()
+    optimizer = ng.optim.SAM(torch.optim.SGD(layer.parameters(), lr=0.1))
+    with pytest.raises(
+        RuntimeError, match="does not support sparse gradients; build the layer with sparse=False"
+    ):
         optimizer.first_step()

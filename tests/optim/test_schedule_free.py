@@ -266,6 +266,16 @@ def test_layouts_and_complex_numbers() -> None:
         assert torch.equal(p, plain)
 
 
+@pytest.mark.parametrize("kind", ["ScheduleFreeAdamW", "ScheduleFreeSGD"])
+def test_gradients_are_not_touched(kind: str) -> None:
+    params = parameters(torch.float32)
+    optimizer = getattr(ng.optim, kind)(params, weight_decay=0.1)
+    train(params, optimizer, 1)
+    generator = torch.Generator().manual_seed(100)
+    for p in params:
+        assert torch.equal(p.grad, torch.randn(p.shape, generator=generator))
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_gradients_that_are_not_finite_stay_where_they_are(value: float) -> None:
     p = nn.Parameter(torch.ones(300))

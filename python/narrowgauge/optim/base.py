@@ -187,7 +187,7 @@ class Call:
         """The rate as a float64 tensor on the device."""
         if self.lr_tensor is not None:
             return self.lr_tensor.double().reshape(())
-        return torch.tensor(self.lr, dtype=torch.float64, device=self.device)
+        return torch.full((), self.lr, dtype=torch.float64, device=self.device)
 
     def next_steps(self) -> Tensor:
         """The number of this step for each parameter, in float64."""

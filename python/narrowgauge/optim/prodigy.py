@@ -118,7 +118,6 @@ class Prodigy(ElementwiseOptimizer):
     """
 
     _rule = prodigy_rule
-    _counts_no_steps = True
 
     def __init__(
         self,

@@ -218,6 +218,10 @@ class SAM(torch.optim.Optimizer):
     def _share(self) -> None:
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
 
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"base_optimizer": self.base_optimizer, "every": self.every}
+        return {**super().__getstate__(), **own, "_climbed": self._climbed, "_norm": self._norm}
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
         return bool(getattr(self.base_optimizer, "_step_supports_amp_scaling", False))
