@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from tests.optim.golden import replay
 from torch import Tensor, nn
 
@@ -321,6 +322,30 @@ def test_a_resumed_run_continues(name: str) -> None:
         step(first, p, seed)
         step(second, q, seed)
     assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "AdamP", "Adafactor"])
+def test_compiled_step_gives_the_bits_of_an_eager_one(name: str) -> None:
+    """One graph, from the first step on, also with several groups."""
+
+    def make() -> tuple[list[nn.Parameter], Any]:
+        params = [parameter(8, 5), parameter(6, 4, seed=1), parameter(7, seed=2)]
+        if name == "AdamMini":
+            return params, ng.optim.AdamMini([("mlp.a", params[0]), ("a", params[1]), ("a.bias", params[2])])
+        groups = [{"params": params[:1]}, {"params": params[1:]}]
+        return params, getattr(ng.optim, name)(groups, lr=0.01)
+
+    torch._dynamo.reset()
+    (eager, optimizer), (compiled, other) = make(), make()
+    step = torch.compile(other.step, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        for p, q in zip(eager, compiled, strict=True):
+            p.grad = random(*p.shape, seed=seed)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        step()
+    for p, q in zip(eager, compiled, strict=True):
+        assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -312,6 +312,7 @@ class Adafactor(ElementwiseOptimizer):
     """
 
     _rule = adafactor_rule
+    _reads_states = True
 
     def __init__(
         self,

@@ -62,9 +62,8 @@ class Projected(ElementwiseOptimizer):
         eps, sums = group["eps"], call.sums()
         gp, gg, pp, pu = sums.unbind(1)
         too_large = ~_is_orthogonal(gp, gg, pp, eps, rows.spread(by_rows))
-        totals = rows.add(torch.cat((sums, too_large[:, None].double()), 1))
-        gp_all, gg_all, pp_all, pu_all, misses = totals.unbind(1)
-        row_view = misses == 0
+        row_view = rows.add(too_large.double()) == 0
+        gp_all, gg_all, pp_all, pu_all = rows.add(sums).unbind(1)
         whole_view = ~row_view & _is_orthogonal(gp_all, gg_all, pp_all, eps, whole)
         radial = torch.where(
             rows.spread(row_view),

@@ -277,7 +277,9 @@ class Call:
                 self.written_back.append((original, model))
             result[0].append(model)
             result[1].append(kept(grads[i], model))
-            for state in states[i * per_param : (i + 1) * per_param]:  # a shard may hold more codes than it needs
+            for state in states[
+                i * per_param : (i + 1) * per_param
+            ]:  # a shard may hold more codes than it needs
                 codes = record.codes_shape((model.numel(),))[0] if packed else 0
                 result[2].append(tensors.local(state)[:codes] if packed else kept(state, model))
             for scale in scales[i * per_param : (i + 1) * per_param]:
@@ -305,6 +307,8 @@ class ElementwiseOptimizer(Checkpoints):
     """
 
     _rule: ClassVar[Rule]
+    # Whether `_given` looks into `state`: a compiled step only sees what is there when its first group is.
+    _reads_states: ClassVar[bool] = False
     _step_supports_amp_scaling = True
     _only: set[Tensor] | None = None  # a step is then of these parameters alone
     _norm: Tensor | None = None  # written in place: compiled and captured steps cannot set attributes
@@ -551,6 +555,11 @@ class ElementwiseOptimizer(Checkpoints):
     def _init_group(self, group: dict[str, Any], number: int, *lists: list[Any]) -> int:
         """Fills the lists with batch `number`; returns flags. torch.compile runs this eagerly, under this name."""
         if number == 0:
+            if self._reads_states and group is self.param_groups[0]:
+                for every in self.param_groups:
+                    for p in every["params"]:
+                        if p.grad is not None and not self.state[p]:
+                            self._init_state(every, p)
             self._pending = self._batches(group)
             if self._pending and self._norm is None:
                 self._norm = torch.full((), torch.nan, device=self._pending[0].lists[0][0].device)
