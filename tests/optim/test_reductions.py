@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests import golden_files
+import torch._dynamo
 from tests.optim.golden import replay
 from torch import Tensor, nn
 
@@ -246,17 +246,12 @@ def test_adam_mini_is_its_definition(backend: str) -> None:
 
 
 def test_replays_adam_mini() -> None:
-    """Recorded files hold the states of the last step only, so they are left to the parameters."""
-    if not list((golden_files.GOLDEN / "extra_optim").glob("adam_mini*.npz")):
-        pytest.skip("no recording of Adam-mini here")
-    assert replay(
-        "extra_optim",
-        "adam_mini",
-        lambda params, meta: ng.optim.AdamMini(
-            list(zip(meta["names"], params, strict=True)), **own_options(meta)
-        ),
-        tolerances=TOLERANCES,
-    )
+    """Recorded with the authors' class; its states are those of the last step."""
+
+    def make(params: list[nn.Parameter], meta: dict[str, Any]) -> Any:
+        return ng.optim.AdamMini(list(zip(meta["names"], params, strict=True)), **own_options(meta))
+
+    assert replay("extra_optim", "adam_mini", make, tolerances=TOLERANCES)
 
 
 def test_adam_mini_keeps_half_of_the_states() -> None:
@@ -327,6 +322,30 @@ def test_a_resumed_run_continues(name: str) -> None:
         step(first, p, seed)
         step(second, q, seed)
     assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "AdamP", "Adafactor"])
+def test_compiled_step_gives_the_bits_of_an_eager_one(name: str) -> None:
+    """One graph, from the first step on, also with several groups."""
+
+    def make() -> tuple[list[nn.Parameter], Any]:
+        params = [parameter(8, 5), parameter(6, 4, seed=1), parameter(7, seed=2)]
+        if name == "AdamMini":
+            return params, ng.optim.AdamMini([("mlp.a", params[0]), ("a", params[1]), ("a.bias", params[2])])
+        groups = [{"params": params[:1]}, {"params": params[1:]}]
+        return params, getattr(ng.optim, name)(groups, lr=0.01)
+
+    torch._dynamo.reset()
+    (eager, optimizer), (compiled, other) = make(), make()
+    step = torch.compile(other.step, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        for p, q in zip(eager, compiled, strict=True):
+            p.grad = random(*p.shape, seed=seed)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        step()
+    for p, q in zip(eager, compiled, strict=True):
+        assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("name", NAMES)

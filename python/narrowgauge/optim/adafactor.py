@@ -312,6 +312,7 @@ class Adafactor(ElementwiseOptimizer):
     """
 
     _rule = adafactor_rule
+    _reads_states = True
 
     def __init__(
         self,
@@ -408,14 +409,11 @@ class Adafactor(ElementwiseOptimizer):
                 part if old is None or not p.numel() else old.reshape(-1)
                 for p, old, part in zip(call.whole, stored, mean.split(counts), strict=True)
             ]
-            old = torch.cat([part.double() for part in parts])
+            old = torch.cat(parts)
             new = old + spread(weight, counts) * (mean - old)
             if call.found_inf is not None:
                 new = torch.where(call.found_inf != 0, old, new)
-            pairs = [
-                (part, value) for part, value in zip(parts, new.split(counts), strict=True) if part.numel()
-            ]
-            torch._foreach_copy_([part for part, _ in pairs], [value.to(part.dtype) for part, value in pairs])
+            torch._foreach_copy_(parts, list(new.to(call.compute).split(counts)))
             return new
 
         by_rows = advance(("row_var",), row_sums, row_counts, [max(c, 1) for *_, c in shapes])

@@ -102,6 +102,7 @@ class AdamMini(ElementwiseOptimizer):
     """
 
     _rule = adam_mini_rule
+    _reads_states = True
 
     def __init__(
         self,
@@ -148,6 +149,15 @@ class AdamMini(ElementwiseOptimizer):
         }
         super().__init__(list(groups.values()), defaults, common)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if tensors.is_dtensor(p) and any(x.is_shard() and not x.is_shard(0) for x in p.placements):
+                self.param_groups.pop()
+                raise ValueError(
+                    f"AdamMini: parameters may only be sharded in dimension 0, got {p.placements}; use AdamW"
+                )
+
     def _check_options(self, group: dict[str, Any]) -> None:
         check_betas("AdamMini", group["betas"])
         check_range("AdamMini", "eps", group["eps"], 0)
@@ -187,25 +197,30 @@ class AdamMini(ElementwiseOptimizer):
         squares = call.sums()[:, 0]
         if partition == "tensor":
             squares = tensors.sum_over_shards(squares, call.whole[0], inside_rows=False)
-            lengths = tuple(max(p.numel(), 1) for p in call.whole)
+            lengths = [p.numel() for p in call.whole]
         else:
-            lengths = tuple(max(length, 1) for length in call.row_lengths)
-        mean = squares / rows.spread(on_device(lengths, torch.float64, call.device))
+            lengths = call.row_lengths
+        weights = on_device(
+            tuple((1 - beta2) / max(length, 1) for length in lengths), torch.float64, call.device
+        )
 
         name = "v" if partition == "element" else "vmean"
         moments = [tensors.local(self.state[p][name]) for p in call.whole]
-        old = [moment.flatten()[:count] for moment, count in zip(moments, rows.counts, strict=True)]
-        new = beta2 * torch.cat(old).double() + (1 - beta2) * mean
+        old = [
+            moment.view(-1) if moment.numel() == count else moment.view(-1)[:count]  # shards are padded
+            for moment, count in zip(moments, rows.counts, strict=True)
+        ]
+        before = torch.cat(old).double()
+        new = beta2 * before + rows.spread(weights) * squares
         if call.found_inf is not None:
-            new = torch.where(call.found_inf != 0, torch.cat(old).double(), new)
-        parts = new.to(moments[0].dtype).split(rows.counts)
-        torch._foreach_copy_(old, list(parts))
+            new = torch.where(call.found_inf != 0, before, new)
+        torch._foreach_copy_(old, list(new.to(moments[0].dtype).split(rows.counts)))
 
         step = call.next_steps()
-        rate = call.learning_rate() / (1 - integer_power(beta1, step))
         correction = (1 - integer_power(beta2, step)).sqrt()
-        root = torch.cat(parts).double().sqrt() / rows.spread(correction)
-        return None, (rows.spread(rate) / (root + group["eps"])).to(call.compute)
+        rate = call.learning_rate() / (1 - integer_power(beta1, step)) * correction
+        step_size = rows.spread(rate) / (new.sqrt() + rows.spread(group["eps"] * correction))
+        return None, step_size.to(call.compute)
 
 
 system(

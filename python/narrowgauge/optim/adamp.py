@@ -24,18 +24,19 @@ ScaleInvariant = bool | Literal["auto"]
 
 
 def _thresholds(shapes: list[torch.Size], delta: float, always: bool) -> tuple[tuple[float, ...], ...]:
-    """Below which cosine a parameter is projected, row by row and as a whole; -1 for never."""
+    """Below which squared cosine a parameter is projected, row by row and as a whole; -1 for never."""
     by_rows, whole = [], []
     for shape in shapes:
         numel, matrix = max(shape.numel(), 1), len(shape) > 1
         length = max(numel // shape[0], 1) if matrix and shape[0] else 1
-        by_rows.append((2.0 if always else delta / length**0.5) if matrix else -1.0)
-        whole.append(delta / numel**0.5 if matrix else -1.0)
+        by_rows.append((4.0 if always else delta**2 / length) if matrix else -1.0)
+        whole.append(delta**2 / numel if matrix else -1.0)
     return tuple(by_rows), tuple(whole)
 
 
-def _cosine(gp: Tensor, gg: Tensor, pp: Tensor, eps: float) -> Tensor:
-    return gp.abs() / (gg.sqrt().clamp_min(eps) * pp.sqrt().clamp_min(eps))
+def _is_orthogonal(gp: Tensor, gg: Tensor, pp: Tensor, eps: float, threshold: Tensor) -> Tensor:
+    """Whether |cos(g, p)| < threshold, with each norm at least eps; without roots, and False where it is NaN."""
+    return gp.square() < threshold * gg.clamp_min(eps * eps) * pp.clamp_min(eps * eps)
 
 
 class Projected(ElementwiseOptimizer):
@@ -60,11 +61,10 @@ class Projected(ElementwiseOptimizer):
         by_rows, whole = (on_device(values, torch.float64, call.device) for values in thresholds)
         eps, sums = group["eps"], call.sums()
         gp, gg, pp, pu = sums.unbind(1)
-        too_large = ~(_cosine(gp, gg, pp, eps) < rows.spread(by_rows))
-        totals = rows.add(torch.cat((sums, too_large[:, None].double()), 1))
-        gp_all, gg_all, pp_all, pu_all, misses = totals.unbind(1)
-        row_view = misses == 0
-        whole_view = ~row_view & (_cosine(gp_all, gg_all, pp_all, eps) < whole)
+        too_large = ~_is_orthogonal(gp, gg, pp, eps, rows.spread(by_rows))
+        row_view = rows.add(too_large.double()) == 0
+        gp_all, gg_all, pp_all, pu_all = rows.add(sums).unbind(1)
+        whole_view = ~row_view & _is_orthogonal(gp_all, gg_all, pp_all, eps, whole)
         radial = torch.where(
             rows.spread(row_view),
             pu / (pp.sqrt() + eps).square(),

@@ -307,6 +307,8 @@ class ElementwiseOptimizer(Checkpoints):
     """
 
     _rule: ClassVar[Rule]
+    # Whether `_given` looks into `state`: a compiled step only sees what is there when its first group is.
+    _reads_states: ClassVar[bool] = False
     _step_supports_amp_scaling = True
     _only: set[Tensor] | None = None  # a step is then of these parameters alone
     _norm: Tensor | None = None  # written in place: compiled and captured steps cannot set attributes
@@ -553,6 +555,11 @@ class ElementwiseOptimizer(Checkpoints):
     def _init_group(self, group: dict[str, Any], number: int, *lists: list[Any]) -> int:
         """Fills the lists with batch `number`; returns flags. torch.compile runs this eagerly, under this name."""
         if number == 0:
+            if self._reads_states and group is self.param_groups[0]:
+                for every in self.param_groups:
+                    for p in every["params"]:
+                        if p.grad is not None and not self.state[p]:
+                            self._init_state(every, p)
             self._pending = self._batches(group)
             if self._pending and self._norm is None:
                 self._norm = torch.full((), torch.nan, device=self._pending[0].lists[0][0].device)

@@ -37,7 +37,7 @@ class Rows:
         self._whole = call.whole[0]
 
     def add(self, values: Tensor) -> Tensor:
-        """(rows, n) to (parameters, n), over all shards. In a fixed order, unlike `index_add`."""
+        """One number (or n) per row to as many per parameter, over all shards. In a fixed order, unlike `index_add`."""
         added = torch.segment_reduce(values, "sum", lengths=self._counts, axis=0, unsafe=True)
         return tensors.sum_over_shards(added, self._whole, inside_rows=False)
 
