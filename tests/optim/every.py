@@ -164,7 +164,7 @@ def assert_near(actual: list[Any], expected: list[Any], tolerance: float) -> Non
 
 
 def assert_same_steps(optimizer: Every, actual: list[Any], expected: list[Any]) -> None:
-    """The same bits; but where a step is made of PyTorch's operators, a rate in a tensor rounds differently."""
+    """The same bits; but a step that is made of PyTorch's operators may take them differently."""
     if issubclass(optimizer.cls, ElementwiseOptimizer) and "rank" not in optimizer.name:
         for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
             assert_same_bits(a.detach(), e.detach(), f"parameter {i}")
