@@ -187,10 +187,11 @@ class AdamMini(ElementwiseOptimizer):
         squares = call.sums()[:, 0]
         if partition == "tensor":
             squares = tensors.sum_over_shards(squares, call.whole[0], inside_rows=False)
-            lengths = tuple(max(p.numel(), 1) for p in call.whole)
+            lengths = call.counts().clamp_min(1)
         else:
-            lengths = tuple(max(length, 1) for length in call.row_lengths)
-        mean = squares / rows.spread(on_device(lengths, torch.float64, call.device))
+            own = tuple(max(length, 1) for length in call.row_lengths)
+            lengths = on_device(own, torch.float64, call.device)
+        mean = squares / rows.spread(lengths)
 
         name = "v" if partition == "element" else "vmean"
         moments = [tensors.local(self.state[p][name]) for p in call.whole]
