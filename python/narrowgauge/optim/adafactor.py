@@ -415,7 +415,9 @@ class Adafactor(ElementwiseOptimizer):
             pairs = [
                 (part, value) for part, value in zip(parts, new.split(counts), strict=True) if part.numel()
             ]
-            torch._foreach_copy_([part for part, _ in pairs], [value.to(part.dtype) for part, value in pairs])
+            if pairs:
+                values = [value.to(part.dtype) for part, value in pairs]
+                torch._foreach_copy_([part for part, _ in pairs], values)
             return new
 
         by_rows = advance(("row_var",), row_sums, row_counts, [max(c, 1) for *_, c in shapes])
