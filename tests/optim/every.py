@@ -60,6 +60,15 @@ OF_MATRICES = {
 }
 
 
+# What classes refuse of the storage options, where not all are offered.
+FORMATS = {
+    "Adafactor": ("fp32",),
+    "ScheduleFreeAdamW": ("fp32", "bf16"),
+    "ScheduleFreeSGD": ("fp32", "bf16"),
+}
+UPDATES = {"Adafactor": ("nearest", "stochastic", "kahan")}
+
+
 @dataclass(frozen=True)
 class Every:
     """One class, or one variant of it."""
@@ -87,6 +96,18 @@ class Every:
         """Whether the constructor has the argument."""
         names = inspect.signature(self.cls.__init__).parameters
         return option in names or ("common" in names and option in ng.optim.base.COMMON_DEFAULTS)
+
+    def stores(self, state_dtype: str = "fp32", param_update: str = "nearest") -> bool:
+        """Whether the class offers the format; where it does not, checks that it says so."""
+        name = self.cls.__name__
+        if state_dtype in FORMATS.get(name, (state_dtype,)) and param_update in UPDATES.get(
+            name, (param_update,)
+        ):
+            return True
+        params = [nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))]
+        with pytest.raises(ValueError, match=r"(state_dtype|param_update)"):
+            self(params, state_dtype=state_dtype, param_update=param_update)
+        return False
 
     def steps_with(self, option: str) -> bool:
         """Whether `step` has the argument."""
