@@ -50,6 +50,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "AdamW cautious": ("AdamW", {"cautious": True}),
     "Adam l2": ("Adam", {"weight_decay": 0.1}),
     "GaLoreAdamW rank": ("GaLoreAdamW", {"rank": 4, "update_proj_gap": 2}),
+    "NormalizedSGD row": ("NormalizedSGD", {"norm": "row"}),
+    "NormalizedSGD tensor": ("NormalizedSGD", {"norm": "tensor"}),
     "GradNormLoRP rank": ("GradNormLoRP", {"rank": 4, "update_proj_gap": 2}),
 }
 # Options that only groups of matrices take; the other parameters get a group without them.
