@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Iterable
 from datetime import timedelta
@@ -72,6 +73,10 @@ def worker(rank: int, folder: str, steps: int, state_dtype: str) -> None:
     whole = {name: p.full_tensor().detach() for name, p in shards.items()}
     if rank == 0:
         torch.save({"model": whole, "norms": norms, "held": held}, f"{folder}/result.pt")
+    dist.barrier()
+    # The sharded model holds the process group; left to the end of the process, its threads may abort it.
+    del model, optimizer, shards, whole
+    gc.collect()
     dist.destroy_process_group()
 
 

@@ -28,7 +28,7 @@ SHAPES = [(31, 17), (3, 300), (7, 2), (1, 5), (2, 3, 5)]  # of (1, 5) the second
 WITH_VECTORS = [*SHAPES, (5,), (1,)]
 INT8 = {"state_dtype": "int8", "min_quantized_size": 0}
 # Classes that say why they do not take sharded parameters.
-WHOLE_ONLY = {"GaLoreAdamW rank", "GradNormLoRP", "GradNormLoRP rank"}
+WHOLE_ONLY = {"Adafactor", "GaLoreAdamW rank", "GradNormLoRP", "GradNormLoRP rank", "NormalizedSGD row"}
 
 CHECKS: dict[str, Callable[[], None]] = {}
 
@@ -95,6 +95,14 @@ def clips_by_the_norm_of_all_shards(optimizer: Every) -> None:
     other, alone = stepped(optimizer, lambda value: value, torch.float32, clip=True)
     torch.testing.assert_close(one.last_grad_norm, other.last_grad_norm, rtol=1e-6, atol=0)
     assert_near([whole(p) for p in ours], alone, 1e-5)
+
+
+@check
+def what_needs_whole_parameters_says_so() -> None:
+    for name in WHOLE_ONLY:
+        if name in EVERY:
+            with pytest.raises(ValueError, match=r"(is|not) sharded"):
+                stepped(EVERY[name], sharded, torch.float32)
 
 
 @check

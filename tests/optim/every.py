@@ -50,6 +50,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "AdamW cautious": ("AdamW", {"cautious": True}),
     "Adam l2": ("Adam", {"weight_decay": 0.1}),
     "GaLoreAdamW rank": ("GaLoreAdamW", {"rank": 4, "update_proj_gap": 2}),
+    "NormalizedSGD row": ("NormalizedSGD", {"norm": "row"}),
+    "NormalizedSGD tensor": ("NormalizedSGD", {"norm": "tensor"}),
     "GradNormLoRP rank": ("GradNormLoRP", {"rank": 4, "update_proj_gap": 2}),
 }
 # Options that only groups of matrices take; the other parameters get a group without them.
@@ -58,6 +60,15 @@ OF_MATRICES = {
     "GaLoreAdamW rank": {"rank": None},
     "GradNormLoRP rank": {"rank": None},
 }
+
+
+# What classes refuse of the storage options, where not all are offered.
+FORMATS = {
+    "Adafactor": ("fp32",),
+    "ScheduleFreeAdamW": ("fp32", "bf16"),
+    "ScheduleFreeSGD": ("fp32", "bf16"),
+}
+UPDATES = {"Adafactor": ("nearest", "stochastic", "kahan")}
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,18 @@ class Every:
         """Whether the constructor has the argument."""
         names = inspect.signature(self.cls.__init__).parameters
         return option in names or ("common" in names and option in ng.optim.base.COMMON_DEFAULTS)
+
+    def stores(self, state_dtype: str = "fp32", param_update: str = "nearest") -> bool:
+        """Whether the class offers the format; where it does not, checks that it says so."""
+        name = self.cls.__name__
+        if state_dtype in FORMATS.get(name, (state_dtype,)) and param_update in UPDATES.get(
+            name, (param_update,)
+        ):
+            return True
+        params = [nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))]
+        with pytest.raises(ValueError, match=r"(state_dtype|param_update)"):
+            self(params, state_dtype=state_dtype, param_update=param_update)
+        return False
 
     def steps_with(self, option: str) -> bool:
         """Whether `step` has the argument."""
@@ -164,7 +187,7 @@ def assert_near(actual: list[Any], expected: list[Any], tolerance: float) -> Non
 
 
 def assert_same_steps(optimizer: Every, actual: list[Any], expected: list[Any]) -> None:
-    """The same bits; but where a step is made of PyTorch's operators, a rate in a tensor rounds differently."""
+    """The same bits; but a step that is made of PyTorch's operators may take them differently."""
     if issubclass(optimizer.cls, ElementwiseOptimizer) and "rank" not in optimizer.name:
         for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
             assert_same_bits(a.detach(), e.detach(), f"parameter {i}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from tests.optim.test_adamw import set_gradients
 from torch import nn
 
 import narrowgauge as ng
+from narrowgauge.optim.codec import STATE_DTYPES
 from narrowgauge.optim.memory import Memory, MemoryTable
+from narrowgauge.optim.rule_samples import PARAM_UPDATES
 
 
 def model() -> nn.Module:
@@ -24,11 +27,12 @@ def held(optimizer: torch.optim.Optimizer) -> int:
     return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
-def assert_row_is_true(row: Memory, make: Any) -> None:
+def assert_row_is_true(row: Memory, cls: type, **options: Any) -> None:
     trained = model().to(getattr(torch, row.param_dtype))
     params = list(trained.parameters())
-    options = {"state_dtype": row.state_dtype, "param_update": row.param_update} if row.state_dtype else {}
-    optimizer = make(params, **options)
+    storage = {"state_dtype": row.state_dtype, "param_update": row.param_update} if row.state_dtype else {}
+    named = "named_parameters" in inspect.signature(cls).parameters
+    optimizer: Any = cls(list(trained.named_parameters()) if named else params, **options, **storage)
     set_gradients(params, 0)
     optimizer.step()
     assert row.params == sum(p.nbytes for p in params)
@@ -42,20 +46,19 @@ def test_every_format_of_adamw(options: dict[str, Any]) -> None:
     table = ng.optim.memory(model(), **options)
     assert len(table) == 28 + bool(options)
     for row in table[bool(options) :]:
-        assert_row_is_true(row, lambda params, **storage: ng.optim.AdamW(params, **options, **storage))
+        assert_row_is_true(row, ng.optim.AdamW, **options)
 
 
 @every()
 def test_every_optimizer(optimizer: Every) -> None:
     if optimizer.name in OF_MATRICES:
         pytest.skip("takes groups; its states are counted by a function that makes them")
-    table = ng.optim.memory(model(), optimizer.cls, **{"lr": 0.01, **optimizer.arguments})
-    if optimizer.takes("common"):
-        assert len(table) >= 28
-    for row in (table[1], table[-1]):
-        if row.optimizer == "AdamW" and not optimizer.arguments:
-            continue
-        assert_row_is_true(row, optimizer)
+    options = {"lr": 0.01, **optimizer.arguments}
+    table = ng.optim.memory(model(), optimizer.cls, **options)
+    if optimizer.takes("state_dtype") and optimizer.takes("param_update"):
+        offered = [(s, u) for u in PARAM_UPDATES for s in STATE_DTYPES if optimizer.stores(s, u)]
+        assert [(row.state_dtype, row.param_update) for row in table[-len(offered) :]] == offered
+    assert_row_is_true(table[-1], optimizer.cls, **options)
 
 
 def test_one_format_frozen_and_tied_parameters() -> None:

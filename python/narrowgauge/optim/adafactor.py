@@ -413,7 +413,12 @@ class Adafactor(ElementwiseOptimizer):
             new = old + spread(weight, counts) * (mean - old)
             if call.found_inf is not None:
                 new = torch.where(call.found_inf != 0, old, new)
-            torch._foreach_copy_(parts, list(new.to(call.compute).split(counts)))
+            pairs = [
+                (part, value) for part, value in zip(parts, new.split(counts), strict=True) if part.numel()
+            ]
+            if pairs:
+                values = [value.to(part.dtype) for part, value in pairs]
+                torch._foreach_copy_([part for part, _ in pairs], values)
             return new
 
         by_rows = advance(("row_var",), row_sums, row_counts, [max(c, 1) for *_, c in shapes])

@@ -197,7 +197,7 @@ class AdamMini(ElementwiseOptimizer):
         squares = call.sums()[:, 0]
         if partition == "tensor":
             squares = tensors.sum_over_shards(squares, call.whole[0], inside_rows=False)
-            lengths = [p.numel() for p in call.whole]
+            lengths = [p.numel() * (2 if p.is_complex() else 1) for p in call.whole]
         else:
             lengths = call.row_lengths
         weights = on_device(

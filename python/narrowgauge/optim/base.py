@@ -17,6 +17,7 @@ from narrowgauge.optim import codec, nap, tensors
 from narrowgauge.optim.checkpoint import Checkpoints
 from narrowgauge.optim.elementwise import Rule
 from narrowgauge.optim.l2_norm import squared_norms
+from narrowgauge.optim.rows import on_device
 from narrowgauge.optim.rule_samples import PARAM_UPDATES
 
 if TYPE_CHECKING:
@@ -195,8 +196,8 @@ class Call:
 
     def counts(self) -> Tensor:
         """How many elements of the rule each parameter has over all shards, in float64: two per complex number."""
-        counts = [p.numel() * (2 if p.is_complex() else 1) for p in self.whole]
-        return torch.tensor(counts, dtype=torch.float64, device=self.device)
+        counts = tuple(p.numel() * (2 if p.is_complex() else 1) for p in self.whole)
+        return on_device(counts, torch.float64, self.device)
 
     def sums(self, given: Tensor | None = None) -> Tensor:
         """The rule's sums, float64 of shape (rows, sums), over all shards that have a part of a row."""

@@ -129,7 +129,8 @@ def memory(model_or_params: Any, optimizer: Callable[..., Any] = AdamW, **option
         **options: Its arguments. With `state_dtype` or `param_update` only that format is listed.
 
     Returns:
-        One `Memory` per alternative: the parameters in float32 or, for the updates that are for it, in bfloat16.
+        One `Memory` per alternative that the optimizer offers: the parameters in float32 or, for the updates that are
+        for it, in bfloat16.
 
     Raises:
         TypeError: `model_or_params` holds something else than parameters.
@@ -149,7 +150,14 @@ def memory(model_or_params: Any, optimizer: Callable[..., Any] = AdamW, **option
     for update in updates:
         dtype = torch.float32 if update == "nearest" else torch.bfloat16
         for state_dtype in formats:
-            row = _row(optimizer, named, dtype, state_dtype, update, fixed)
+            try:
+                row = _row(optimizer, named, dtype, state_dtype, update, fixed)
+            except ValueError as error:
+                # An optimizer may not offer all of them; what was asked for must be.
+                refused = [name for name in ("state_dtype", "param_update") if name in str(error)]
+                if not refused or any(name in options for name in refused):
+                    raise
+                continue
             if row not in table:
                 table.append(row)
     return table

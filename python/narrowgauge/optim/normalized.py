@@ -106,17 +106,24 @@ class NormalizedSGD(ElementwiseOptimizer):
     def _row_length(self, group: dict[str, Any], p: Tensor) -> int:
         return super()._row_length(group, p) if group["norm"] == "row" else p.numel()
 
+    def _squared_norms(self, call: Call) -> Tensor:
+        """Of the gradients, or of their rows, over all shards."""
+        squared = call.sums()[:, 0]
+        if call.group["norm"] != "row":  # rows are never cut
+            squared = tensors.sum_over_shards(squared, call.whole[0], inside_rows=False)
+        return squared
+
     def _begin_step(self, calls: list[Call]) -> None:
         of_all = [call for call in calls if call.group["norm"] == "global"]
         if of_all:
             device = of_all[0].device
-            self._global = torch.stack([call.sums().sum().to(device) for call in of_all]).sum()
+            self._global = torch.stack([self._squared_norms(call).sum().to(device) for call in of_all]).sum()
 
     def _given(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
         if call.group["norm"] == "global":
             squared = self._global.to(call.device).expand(len(call.params))
         else:
-            squared = call.sums()[:, 0]
+            squared = self._squared_norms(call)
         norm = squared.sqrt()
         # A gradient of zeros does not move, also with eps = 0.
         factor = torch.where(norm == 0, 0, 1 / (norm + call.group["eps"]))

@@ -245,13 +245,15 @@ class Prodigy(ElementwiseOptimizer):
         return tensors.sum_over_shards(result.double(), call.whole[0])
 
     def _begin_step(self, calls: list[Call]) -> None:
-        calls[:] = [call for call in calls if isinstance(call.group["lr"], Tensor) or call.group["lr"] != 0]
         if not calls:
             return
         first, device = self.param_groups[0], calls[0].device
         d, largest, numerator, k = (tensors.group_number(first, name, device)[0] for name in _NUMBERS)
         for group in self.param_groups[1:]:  # that came later, or from a checkpoint
             group.update({name: first[name] for name in _NUMBERS})
+        calls[:] = [call for call in calls if isinstance(call.group["lr"], Tensor) or call.group["lr"] != 0]
+        if not calls:
+            return
         overflow = calls[0].found_inf
         beta1, beta2, beta3, _, _ = self._options(first)
         rate = d * self._common_rate(device)

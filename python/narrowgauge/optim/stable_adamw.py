@@ -10,7 +10,6 @@ from torch import Tensor
 from narrowgauge.ops import system
 from narrowgauge.optim.base import Call, Common, ElementwiseOptimizer, Params, check_betas, check_range
 from narrowgauge.optim.elementwise import Rule, Scalar, integer_power, square_root
-from narrowgauge.optim.rows import on_device
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -103,9 +102,8 @@ class StableAdamW(ElementwiseOptimizer):
         return [*group["betas"], group["weight_decay"], group["eps"]]
 
     def _given(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
-        counts = on_device(tuple(max(p.numel(), 1) for p in call.whole), torch.float64, call.device)
         unit = torch.ones((len(call.params), 1), dtype=torch.float64, device=call.device)
-        mean_square = call.sums(unit)[:, 0] / counts
+        mean_square = call.sums(unit)[:, 0] / call.counts().clamp_min(1)
         return 1 / mean_square.sqrt().clamp_min(1)[:, None], None
 
 
