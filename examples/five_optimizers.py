@@ -20,7 +20,7 @@ import narrowgauge as ng
 from narrowgauge.examples.byte_llama import ByteLlama, Config
 from narrowgauge.examples.standard_library_text import Batches, standard_library_text
 
-FIVE = ["AdamW=3e-3", "Adam=3e-3", "Muon=0.02", "SOAP=3e-3", "Shampoo=0.02"]
+FIVE = ["AdamW=3e-3", "Lion=1e-3", "Muon=0.02", "Prodigy=1", "ScheduleFreeAdamW=0.01"]
 
 
 def parse(choice: str) -> tuple[str, float]:

@@ -47,7 +47,6 @@ RATES = {
 # Options that change the arithmetic, tested like a class of their own.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "AdamW amsgrad": ("AdamW", {"amsgrad": True}),
-    "AdamW cautious": ("AdamW", {"cautious": True}),
     "Adam l2": ("Adam", {"weight_decay": 0.1}),
     "GaLoreAdamW rank": ("GaLoreAdamW", {"rank": 4, "update_proj_gap": 2}),
     "NormalizedSGD row": ("NormalizedSGD", {"norm": "row"}),
@@ -139,6 +138,11 @@ def _discovered() -> dict[str, Every]:
     for name, (cls, options) in VARIANTS.items():
         if cls in classes:
             found[name] = Every(name, classes[cls], {**ARGUMENTS.get(cls, {}), **options})
+    for name in classes:
+        if found[name].takes("cautious"):
+            found[f"{name} cautious"] = Every(
+                f"{name} cautious", classes[name], {**ARGUMENTS.get(name, {}), "cautious": True}
+            )
     return found
 
 

@@ -67,9 +67,8 @@ def assert_stays_near(optimizer: Every, dtype: torch.dtype, rounding: float, **o
 BANDS = {"fp32": 1e-6, "bf16": 0.01, "int8": 0.03, "int8_companded": 0.02, "fp8": 0.05, "fp8_expanded": 0.03}
 BANDS["int4"] = 0.3
 # Of a class, where a small difference of a state becomes a large one of the step.
-# Lion's whole step turns where a small state changes its sign; a schedule-free state holds weights.
-WIDER: dict[tuple[str, str], float] = {("Lion", name): 0.1 for name in BANDS if name not in ("fp32", "int4")}
-WIDER["ScheduleFreeAdamW", "bf16"] = 0.15
+WIDER = {("ScheduleFreeAdamW", "bf16"): 0.15}  # whose state holds weights
+WIDER |= {("Lion", name): 0.1 for name in BANDS if name not in ("fp32", "int4")}  # the sign of a small number
 
 
 @every(takes="state_dtype")

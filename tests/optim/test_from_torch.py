@@ -162,6 +162,16 @@ def test_bitsandbytes() -> None:
         ng.optim.from_torch(source)
 
 
+def test_lion_of_bitsandbytes() -> None:
+    p = nn.Parameter(torch.randn(9, 57))
+    source = of("bitsandbytes", "Lion8bit", [p])
+    source.state[p] = {name: value for name, value in bitsandbytes_state().items() if not name.endswith("2")}
+    ours = ng.optim.from_torch(source, min_quantized_size=256)
+    assert type(ours) is ng.optim.Lion
+    assert torch.equal(ours.state[p]["exp_avg.codes"], source.state[p]["state1"])
+    train([p], ours, 1)
+
+
 def test_torchao() -> None:
     p, odd = nn.Parameter(torch.randn(32, 136)), nn.Parameter(torch.randn(4099))
     source = of("torchao", "Adam4bit", [p, odd], amsgrad=False)
