@@ -192,7 +192,7 @@ class Call:
 
     def next_steps(self) -> Tensor:
         """The number of this step for each parameter, in float64."""
-        return torch.stack([step.reshape(()) for step in self.steps]).double() + 1
+        return torch.stack(self.steps).double() + 1
 
     def counts(self) -> Tensor:
         """How many elements of the rule each parameter has over all shards, in float64: two per complex number."""
