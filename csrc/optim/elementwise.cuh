@@ -498,7 +498,7 @@ void launch_step(const ElementwiseLaunch& table, Stream stream) {
 
 // A warp adds up one piece of a row.
 template <class Rule, class T>
-__global__ void __launch_bounds__(elementwise_threads, 4)
+__global__ void __launch_bounds__(elementwise_threads, sizeof(T) == 8 ? 2 : 4)
     sum_pieces_kernel(const __grid_constant__ ElementwiseLaunch launch) {
     const ElementwiseArgs& args = launch.args;
     SharedArena arena;

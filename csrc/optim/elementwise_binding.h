@@ -10,6 +10,10 @@
 #include "common/binding.h"
 #include "optim/elementwise.h"
 
+#if !NARROWGAUGE_CPU
+#include "common/stream.h"
+#endif
+
 namespace narrowgauge {
 
 #if NARROWGAUGE_CPU

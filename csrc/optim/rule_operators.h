@@ -5,19 +5,17 @@
 #include "optim/elementwise_binding.h"
 #include "optim/rule.h"
 
-#if !NARROWGAUGE_CPU
-#include "common/stream.h"
-#endif
-
 namespace narrowgauge {
 
 template <template <int> class Rule, int Variants, int Variant = 0>
 RuleShape shape_of(int64_t variant, int options) {
     if constexpr (Variant < Variants) {
         using Chosen = Rule<Variant>;
-        static_assert(Chosen::states <= max_states && Chosen::sums <= max_sums && Chosen::given <= max_given, "raise the limits");
-        if (variant == Variant) return {Chosen::states, Chosen::sums, options, Chosen::rows, Chosen::given,
-                    [](int k) { return Chosen::is_signed(k); }};
+        static_assert(Chosen::states <= max_states && Chosen::sums <= max_sums && Chosen::given <= max_given,
+                      "raise the limits");
+        if (variant == Variant)
+            return {Chosen::states, Chosen::sums,  options,
+                    Chosen::rows,   Chosen::given, [](int k) { return Chosen::is_signed(k); }};
         return shape_of<Rule, Variants, Variant + 1>(variant, options);
     }
     NG_CHECK(false, "variant must be in [0, ", Variants, "), got ", variant);
@@ -46,16 +44,17 @@ void rule_step(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
                const std::optional<Tensor>& found_inf) {
     if (params.empty()) return;
     const RuleShape rule = Entry::shape(variant);
-    const ElementwiseLists lists{params,  grads,        states,   scales,      steps,      given, lr_tensor, lr,
-                                 options, state_format, maximize, row_lengths, grad_scale, clip};
-    const ElementwiseExtras extras{rests, emas,    copies,         rows,     param_update, zero_grad, ema_decay,
-                                   seed,  indices, first_elements, found_inf};
+    const ElementwiseLists lists{params, grads,   states,       scales,   steps,       given,      lr_tensor,
+                                 lr,     options, state_format, maximize, row_lengths, grad_scale, clip};
+    const ElementwiseExtras extras{rests,     emas, copies,  rows,           param_update, zero_grad,
+                                   ema_decay, seed, indices, first_elements, found_inf};
     ElementwiseArgs args{};
     NG_CHECK(rule.given == 0 || given, "given must be there");
     std::vector<ElementwiseTensor> tensors = collect(rule, lists, args);
     collect_extras(rule, lists, extras, args, tensors);
-    number_chunks(args, tensors,
-                  [](const ElementwiseTensor& tensor) { return (tensor.numel + step_chunk - 1) / step_chunk; });
+    number_chunks(args, tensors, [](const ElementwiseTensor& tensor) {
+        return (tensor.numel + step_chunk - 1) / step_chunk;
+    });
     run_step(Entry::step(), static_cast<int>(variant), args, tensors, params[0]);
 }
 
@@ -64,14 +63,14 @@ Tensor rule_sums(const std::vector<Tensor>& params, const std::vector<Tensor>& g
                  const std::vector<Tensor>& states, const std::vector<Tensor>& scales,
                  const std::vector<Tensor>& steps, const std::optional<Tensor>& given,
                  const std::optional<Tensor>& lr_tensor, double lr, const std::vector<double>& options,
-                 int64_t variant, int64_t state_format, int64_t param_update, const std::vector<Tensor>& rests,
-                 bool maximize, const std::vector<int64_t>& row_lengths, const std::optional<Tensor>& grad_scale,
-                 const std::optional<Tensor>& clip) {
+                 int64_t variant, int64_t state_format, int64_t param_update,
+                 const std::vector<Tensor>& rests, bool maximize, const std::vector<int64_t>& row_lengths,
+                 const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& clip) {
     const RuleShape rule = Entry::shape(variant);
     NG_CHECK(rule.sums > 0, "this variant has no sums");
     NG_CHECK(!params.empty(), "params must not be empty");
-    const ElementwiseLists lists{params,  grads,        states,   scales,      steps,      given, lr_tensor, lr,
-                                 options, state_format, maximize, row_lengths, grad_scale, clip};
+    const ElementwiseLists lists{params, grads,   states,       scales,   steps,       given,      lr_tensor,
+                                 lr,     options, state_format, maximize, row_lengths, grad_scale, clip};
     ElementwiseArgs args{};
     std::vector<ElementwiseTensor> tensors = collect(rule, lists, args);
     args.update = static_cast<ParamUpdate>(param_update);
@@ -103,11 +102,13 @@ Tensor rule_sums(const std::vector<Tensor>& params, const std::vector<Tensor>& g
 
 #if NARROWGAUGE_CPU
 
-#define NG_RULE_KERNELS(rule)                                                                                 \
-    NG_CPU_KERNEL(void, rule##_chunks, (int variant, const ElementwiseArgs& args,                             \
-                                        const ElementwiseTensor* tensors, int64_t begin, int64_t end))        \
-    NG_CPU_KERNEL(void, rule##_pieces, (int variant, const ElementwiseArgs& args,                             \
-                                        const ElementwiseTensor* tensors, int64_t begin, int64_t end))
+#define NG_RULE_KERNELS(rule)                                                                  \
+    NG_CPU_KERNEL(void, rule##_chunks,                                                         \
+                  (int variant, const ElementwiseArgs& args, const ElementwiseTensor* tensors, \
+                   int64_t begin, int64_t end))                                                \
+    NG_CPU_KERNEL(void, rule##_pieces,                                                         \
+                  (int variant, const ElementwiseArgs& args, const ElementwiseTensor* tensors, \
+                   int64_t begin, int64_t end))
 #define NG_RULE_STEP(rule) NG_CPU_POINTER(rule##_chunks)
 #define NG_RULE_SUMS(rule) NG_CPU_POINTER(rule##_pieces)
 
@@ -124,19 +125,19 @@ Tensor rule_sums(const std::vector<Tensor>& params, const std::vector<Tensor>& g
 #endif
 
 // One per rule before the registration, one inside it; the build writes both.
-#define NG_RULE_ENTRY(name)                                                                 \
-    NG_RULE_KERNELS(name)                                                                   \
-    namespace narrowgauge {                                                                 \
-    struct name##_entry {                                                                   \
-        static constexpr bool has_sums = any_sums<name::Rule, name::variants>();            \
-        static RuleShape shape(int64_t variant) {                                           \
-            return shape_of<name::Rule, name::variants>(variant, name::options);            \
-        }                                                                                   \
-        static ElementwiseKernel step() { return NG_RULE_STEP(name); }                      \
-        static ElementwiseKernel sums() { return NG_RULE_SUMS(name); }                      \
-    };                                                                                      \
+#define NG_RULE_ENTRY(name)                                                      \
+    NG_RULE_KERNELS(name)                                                        \
+    namespace narrowgauge {                                                      \
+    struct name##_entry {                                                        \
+        static constexpr bool has_sums = any_sums<name::Rule, name::variants>(); \
+        static RuleShape shape(int64_t variant) {                                \
+            return shape_of<name::Rule, name::variants>(variant, name::options); \
+        }                                                                        \
+        static ElementwiseKernel step() { return NG_RULE_STEP(name); }           \
+        static ElementwiseKernel sums() { return NG_RULE_SUMS(name); }           \
+    };                                                                           \
     }
-#define NG_RULE_REGISTER(name)                                                              \
-    m.impl(#name "_", NG_BOX(&::narrowgauge::rule_step<::narrowgauge::name##_entry>));      \
-    if (::narrowgauge::name##_entry::has_sums)                                              \
+#define NG_RULE_REGISTER(name)                                                         \
+    m.impl(#name "_", NG_BOX(&::narrowgauge::rule_step<::narrowgauge::name##_entry>)); \
+    if (::narrowgauge::name##_entry::has_sums)                                         \
         m.impl(#name "_sums", NG_BOX(&::narrowgauge::rule_sums<::narrowgauge::name##_entry>));

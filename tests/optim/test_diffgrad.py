@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests import golden_files
 from tests.optim.golden import replay
 from torch import Tensor, nn
 
@@ -15,14 +16,45 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-6}
 WIDE = torch.float64
 
 
+FIRST_RELEASE = "paper_era_aliased_grad"
+
+
+class FirstRelease(ng.optim.DiffGrad):
+    """The authors' first release: the previous gradient is the buffer that holds the new one."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "previous_grad" in self.state[p]:
+                    self.state[p]["previous_grad"].copy_(p.grad + group["weight_decay"] * p.detach())
+        return super().step(*args, **kwargs)
+
+
 def test_replays_the_authors_code() -> None:
     assert replay(
         "diffgrad",
         "",
         lambda params, meta: ng.optim.DiffGrad(params, **meta["hyperparameters"]),
         tolerances=TOLERANCES,
-        skip=("paper_era_aliased_grad",),
+        skip=(FIRST_RELEASE,),
     )
+    if (golden_files.GOLDEN / "diffgrad" / f"{FIRST_RELEASE}.npz").exists():
+        replay(
+            "diffgrad",
+            FIRST_RELEASE,
+            lambda params, meta: FirstRelease(params, **meta["hyperparameters"]),
+            tolerances=TOLERANCES,
+        )
+
+
+def test_the_first_release_was_adam_at_half_the_rate() -> None:
+    """From the second step on, whatever the gradients: the change that it saw was always 0."""
+    generator = torch.Generator().manual_seed(4)
+    grads = [3 * torch.randn(50, generator=generator, dtype=WIDE) for _ in range(4)]
+    ours = [trained(FirstRelease, grads[:n], eps=0.0) for n in (1, 2, 3, 4)]
+    adam = [trained(torch.optim.Adam, grads[:n], eps=0.0) for n in (1, 2, 3, 4)]
+    for n in (1, 2, 3):
+        torch.testing.assert_close(ours[n] - ours[n - 1], (adam[n] - adam[n - 1]) / 2, rtol=1e-9, atol=1e-13)
 
 
 def trained(kind: Any, grads: list[Tensor], **options: Any) -> Tensor:

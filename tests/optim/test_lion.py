@@ -63,6 +63,18 @@ def test_cautious_leaves_elements_out_and_enlarges_the_others(backend: str) -> N
     torch.testing.assert_close(moved[2:], torch.full((6,), 0.1 * 8 / 6, dtype=torch.float64))
 
 
+def test_loads_a_state_without_step_counters() -> None:
+    """As other implementations of Lion keep it."""
+    p, q = nn.Parameter(torch.ones(30)), nn.Parameter(torch.ones(30))
+    ours, fresh = ng.optim.Lion([p]), ng.optim.Lion([q])
+    p.grad = torch.linspace(-1, 1, 30)
+    ours.step()
+    saved = ours.state_dict()
+    saved["state"][0].pop("step")
+    fresh.load_state_dict(saved)
+    assert torch.equal(ours.state[p]["exp_avg"], fresh.state[q]["exp_avg"])
+
+
 def test_bad_arguments() -> None:
     p = nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match=r"Lion: betas\[1\] must be a finite number in \[0, 1\), got 1.5"):

@@ -15,7 +15,8 @@ template <int Variant>
 struct Rule : RuleDefaults {
     static constexpr bool nesterov = Variant == 1;
     static constexpr int states = 2;  // exp_avg, exp_avg_sq
-    static constexpr int given = 1;   // the ratio of the weight decay
+    static constexpr bool heavy = true;
+    static constexpr int given = 1;  // the ratio of the weight decay
     static constexpr bool rows = true;
     static NG_HOST_DEVICE constexpr bool is_signed(int state) { return state == 0; }
 

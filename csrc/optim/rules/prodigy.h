@@ -14,7 +14,8 @@ template <int Variant>
 struct Rule : RuleDefaults {
     static constexpr bool l2 = Variant & 1, distance = Variant & 2;
     static constexpr int states = distance ? 1 : 3;  // exp_avg, exp_avg_sq, s; or p0, where p began
-    static constexpr int given = distance ? 0 : 4;   // d, the learning rate, the weight of g in s, the next d
+    static constexpr bool heavy = true;
+    static constexpr int given = distance ? 0 : 4;  // d, the learning rate, the weight of g in s, the next d
     static NG_HOST_DEVICE constexpr bool is_signed(int state) { return state != 1; }
 
     template <class T>

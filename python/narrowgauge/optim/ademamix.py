@@ -112,10 +112,10 @@ class AdEMAMix(ElementwiseOptimizer):
         steps = group["t_alpha_beta3"]
         if steps is not None:
             check_range("AdEMAMix", "t_alpha_beta3", steps, 1)
-            if group["betas"][0] <= 0 or group["betas"][2] <= 0:
+            first, last = group["betas"][0], group["betas"][2]
+            if not 0 < first <= last:
                 raise ValueError(
-                    "AdEMAMix: t_alpha_beta3 needs betas[0] and betas[2] above 0, "
-                    f"got {group['betas'][0]!r} and {group['betas'][2]!r}"
+                    f"AdEMAMix: t_alpha_beta3 needs 0 < betas[0] <= betas[2], got {first!r} and {last!r}"
                 )
 
     def _variant(self, group: dict[str, Any]) -> int:

@@ -77,6 +77,7 @@ class Lion(ElementwiseOptimizer):
     """
 
     _rule = lion_rule
+    _counts_no_steps = True
 
     def __init__(
         self,
