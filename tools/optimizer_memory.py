@@ -26,8 +26,8 @@ INTRODUCTION = """\
 <!-- Written by tools/optimizer_memory.py; do not edit. -->
 
 Bytes per parameter of a matrix of 1024 x 1024. *Held*: parameter, gradient and states together. *Moved*: the least that a
-step reads and writes, gradients once, parameters and states twice; a method with a reduction reads some of it a second
-time (its page says how much). [`ng.optim.memory`](mechanics.md) counts the same for a model of yours.
+step reads and writes, gradients once, parameters and states twice; a method with a reduction reads some of it again (its
+page says how much). [`ng.optim.memory`](mechanics.md) counts the same for a model of yours.
 
 ## AdamW, by storage
 
@@ -102,10 +102,10 @@ def page() -> str:
             try:
                 (row,) = rows(kind, **options, **chosen) or [first]
             except ValueError:
-                parts.append("– | – | –")
+                parts.append("- | - | -")
                 continue
             if state_dtype == "int8" and not takes:
-                parts.append("– | – | –")
+                parts.append("- | - | -")
             else:
                 parts.append(cells((row.states / ELEMENTS, row.total / ELEMENTS, moved(row))))
         text += f"| {kind.__name__} | {' | '.join(parts)} |\n"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from narrowgauge.ops import system
 from narrowgauge.optim.elementwise import Rule
 
 
@@ -36,3 +37,17 @@ def squared_norms(tensors: list[Tensor], divisor: Tensor | None = None) -> Tenso
         *(tensors, tensors, [], [], steps, None, None, 0.0, [], 0, 0, 0, [], False, [], divisor, None)
     )
     return sums[:, 0].double()
+
+
+system(
+    "l2_norm",
+    title="Clipping by the global norm inside a step",
+    source="as torch.nn.utils.clip_grad_norm_",
+    page="optim/mechanics.md",
+    operators=("l2_norm_", "l2_norm_sums"),
+    reasons={
+        "module": "an argument of `step`, for every optimizer",
+        "golden": "PyTorch's own clipping is the truth",
+        "bench": "part of steps that clip",
+    },
+)
