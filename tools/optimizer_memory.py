@@ -25,9 +25,9 @@ INTRODUCTION = """\
 
 <!-- Written by tools/optimizer_memory.py; do not edit. -->
 
-Bytes per parameter of a matrix of 1024 x 1024. *Held*: parameter, gradient and states together. *Moved*: the least that a
-step reads and writes, gradients once, parameters and states twice; a method with a reduction reads some of it again (its
-page says how much). [`ng.optim.memory`](mechanics.md) counts the same for a model of yours.
+Bytes per parameter of a matrix of 1024 x 1024. *Held*: parameter, gradient and states together. *Moved*: the least
+that a step reads and writes, gradients once, parameters and states twice; a method with a reduction reads some of it
+again (its page says how much). [`ng.optim.memory`](mechanics.md) counts the same for a model of yours.
 
 ## AdamW, by storage
 

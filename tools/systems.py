@@ -23,6 +23,8 @@ import narrowgauge  # noqa: E402
 from narrowgauge.cli.bench import load_bench  # noqa: E402
 from narrowgauge.ops import System, registry, systems  # noqa: E402
 from narrowgauge.optim.base import ElementwiseOptimizer  # noqa: E402
+from narrowgauge.optim.codec import STATE_DTYPES  # noqa: E402
+from narrowgauge.optim.rule_samples import PARAM_UPDATES  # noqa: E402
 
 PAGE = ROOT / "docs" / "systems.md"
 INTRODUCTION = """\
@@ -108,12 +110,33 @@ def is_optimizer(record: System) -> bool:
 
 
 def optimizer_cells(record: System) -> tuple[str, str]:
-    """The rules of an optimizer's classes, and how they may store states and parameters."""
+    """The rules of an optimizer's operators, and how its classes may store states and parameters."""
+    names = {name.removesuffix("_sums").removesuffix("_") for name in record.operators}
+    rules = sorted(name for name in names if (ROOT / f"csrc/optim/rules/{name}.h").is_file())
+    kernels = ", ".join(f"`{rule}.h`" for rule in rules)
     classes = [getattr(narrowgauge.optim, name.removeprefix("optim.")) for name in record.modules]
-    rules = {kind._rule.name for kind in classes if issubclass(kind, ElementwiseOptimizer)}
-    if not rules:
-        return "*PyTorch's matrix products*", "*float32 states (float64 for float64 parameters)*"
-    return ", ".join(f"`{rule}.h`" for rule in sorted(rules)), "all"
+    if not all(issubclass(kind, ElementwiseOptimizer) for kind in classes):
+        wraps = bool(rules)
+        return (
+            kernels or "*matrix products of PyTorch*",
+            "*that of the optimizer around it*" if wraps else "*float32 (float64 for float64 parameters)*",
+        )
+    offered = [storage(kind) for kind in classes]
+    return kernels or "*kernels of its own*", offered[0] if len(set(offered)) == 1 else ", ".join(offered)
+
+
+def storage(kind: type) -> str:
+    """What of `state_dtype` and `param_update` a class takes, found out by asking for it."""
+    p = torch.empty(64, 128, requires_grad=True)
+    given: list[object] = [("weight", p)] if kind.__name__ == "AdamMini" else [p]
+    table = narrowgauge.optim.memory(given, kind, lr=0.1)[1:]
+    formats = [name for name in STATE_DTYPES if any(row.state_dtype == name for row in table)]
+    updates = [name for name in PARAM_UPDATES if any(row.param_update == name for row in table)]
+    states = "all states" if len(formats) == len(STATE_DTYPES) or kind.__name__ == "NormalizedSGD" else ""
+    kept = "all updates" if len(updates) == len(PARAM_UPDATES) else ""
+    if states and kept:
+        return "all"
+    return (states or "states " + ", ".join(formats)) + "; " + (kept or "updates " + ", ".join(updates))
 
 
 def page() -> tuple[str, list[str]]:

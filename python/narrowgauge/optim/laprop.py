@@ -114,6 +114,6 @@ system(
     page="optim/adam_relatives.md",
     modules=("optim.LaProp",),
     operators=("laprop_",),
-    golden=("extra_optim",),
     bench=("laprop",),
+    reasons={"golden": "no recorded run is here; the tests compare with the definition in float64"},
 )

@@ -310,6 +310,6 @@ system(
     page="optim/prodigy.md",
     modules=("optim.Prodigy",),
     operators=("prodigy_", "prodigy_sums"),
-    golden=("extra_optim",),
     bench=("prodigy",),
+    reasons={"golden": "no recorded run is here; the tests compare with the definition in float64"},
 )
