@@ -194,6 +194,16 @@ def test_a_norm_that_is_not_finite_skips_everything(optimizer: Every, value: flo
     assert_same_state(ours, state)
 
 
+def test_gradients_of_another_layout_are_zeroed_and_otherwise_left_alone() -> None:
+    for zero_grad in (False, True):
+        p = nn.Parameter(torch.randn(6, 4))
+        p.grad = torch.randn(4, 6).t()
+        before, version = p.grad.clone(), p.grad._version
+        ng.optim.AdamW([p]).step(zero_grad=zero_grad)
+        assert torch.equal(p.grad, torch.zeros(6, 4) if zero_grad else before)
+        assert zero_grad or p.grad._version == version
+
+
 @every(steps_with="zero_grad")
 def test_zeroes_gradients_in_the_step(optimizer: Every) -> None:
     params, expected = parameters(*SHAPES), parameters(*SHAPES)

@@ -131,6 +131,7 @@ class Call:
         self.variant = optimizer._variant(group)
         self.whole = lists[0]
         self.written_back: list[tuple[Tensor, Tensor]] = []
+        whole_grads, copied = lists[1], not plain
         self.row_lengths: list[int] = []
         device = self.whole[0].device
         self.coded = bool(lists[3]) or (bool(lists[2]) and lists[2][0].dtype is torch.bfloat16)
@@ -144,7 +145,9 @@ class Call:
         if grad_dtype not in (dtype, torch.float32, torch.bfloat16) or (
             dtype is torch.float64 and grad_dtype is not torch.float64
         ):
-            self.grads = [g.to(dtype) for g in self.grads]
+            self.grads, copied = [g.to(dtype) for g in self.grads], True
+        # Where the kernel works on a copy of the gradient, the gradient itself is zeroed by hand.
+        self.copied_grads = [tensors.local(g) for g in whole_grads] if copied else []
         self.lr: float = 0.0
         self.lr_tensor: Tensor | None = None
         lr = group["lr"]
@@ -245,6 +248,12 @@ class Call:
                 self.found_inf,
             ),
         )
+        if zero_grad:
+            for g in self.copied_grads:
+                if self.found_inf is None:
+                    g.zero_()
+                else:
+                    g.copy_(torch.where(self.found_inf != 0, g, 0.0))
         self.finish()
 
     def finish(self) -> None:
@@ -277,7 +286,7 @@ class Call:
             if model is not original:
                 self.written_back.append((original, model))
             result[0].append(model)
-            result[1].append(kept(grads[i], model))
+            result[1].append(tensors.like(tensors.local(grads[i]), model))
             for state in states[
                 i * per_param : (i + 1) * per_param
             ]:  # a shard may hold more codes than it needs
