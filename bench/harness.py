@@ -59,11 +59,16 @@ class Contest:
     absent: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, build: Callable[[], Call], requires: str | None = None) -> None:
-        """Adds a peer where its module is installed, and notes the absence otherwise."""
+        """Adds a peer where its module is installed and can be imported, and notes the absence otherwise."""
         if requires and importlib.util.find_spec(requires) is None:
             self.absent[name] = f"{requires} is not installed"
-        else:
+            return
+        try:
             self.contestants[name] = build()
+        except ImportError as error:
+            if not requires:
+                raise
+            self.absent[name] = f"{requires} cannot be imported: {error}"
 
 
 @dataclass(frozen=True)

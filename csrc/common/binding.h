@@ -89,7 +89,7 @@ using ScalarType = torch::headeronly::ScalarType;
 constexpr ScalarType scalar_types[] = {ScalarType::Float,       ScalarType::Double, ScalarType::BFloat16,
                                        ScalarType::Half,        ScalarType::Char,   ScalarType::Byte,
                                        ScalarType::Long,        ScalarType::Int,    ScalarType::Float8_e4m3fn,
-                                       ScalarType::Float8_e5m2, ScalarType::Short, ScalarType::Bool};
+                                       ScalarType::Float8_e5m2, ScalarType::Short,  ScalarType::Bool};
 
 inline DType dtype(ScalarType scalar_type) {
     for (int i = 0; i < static_cast<int>(sizeof(scalar_types) / sizeof(scalar_types[0])); ++i) {

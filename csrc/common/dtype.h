@@ -45,7 +45,7 @@ inline int64_t size_of(DType dtype) {
 }
 
 inline const char* name_of(DType dtype) {
-    constexpr const char* names[] = {"float32", "float64", "bfloat16",      "float16",     "int8", "uint8",
+    constexpr const char* names[] = {"float32", "float64", "bfloat16",      "float16",     "int8",  "uint8",
                                      "int64",   "int32",   "float8_e4m3fn", "float8_e5m2", "int16", "bool"};
     return names[static_cast<int>(dtype)];
 }

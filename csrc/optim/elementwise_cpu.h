@@ -138,7 +138,8 @@ inline void store_param(const ElementwiseArgs& args, const ElementwiseTensor& te
 }
 
 template <class T>
-const T* load_grad(const ElementwiseArgs& args, const ElementwiseTensor& tensor, int64_t i, int n, T* buffer) {
+const T* load_grad(const ElementwiseArgs& args, const ElementwiseTensor& tensor, int64_t i, int n,
+                   T* buffer) {
     constexpr DType native = std::is_same_v<T, double> ? DType::float64 : DType::float32;
     if (args.grad_type == native && !args.grad_scale && !args.clip && !args.maximize)
         return static_cast<const T*>(tensor.grad) + i;
@@ -157,11 +158,12 @@ const T* load_grad(const ElementwiseArgs& args, const ElementwiseTensor& tensor,
 }
 
 template <class T>
-T* load_state(const ElementwiseArgs& args, const ElementwiseTensor& tensor, bool is_signed, int state, int64_t i,
-              int n, T* buffer) {
+T* load_state(const ElementwiseArgs& args, const ElementwiseTensor& tensor, bool is_signed, int state,
+              int64_t i, int n, T* buffer) {
     if constexpr (std::is_same_v<T, float>) {
         if (args.format != StateFormat::fp32) {
-            decode_state_block(args.format, is_signed, tensor.states[state], tensor.scales[state], i, n, buffer);
+            decode_state_block(args.format, is_signed, tensor.states[state], tensor.scales[state], i, n,
+                               buffer);
             return buffer;
         }
     }
@@ -169,8 +171,8 @@ T* load_state(const ElementwiseArgs& args, const ElementwiseTensor& tensor, bool
 }
 
 // Coded states only; others were changed in place.
-inline void store_state(const ElementwiseArgs& args, const ElementwiseTensor& tensor, bool is_signed, int state,
-                        int64_t i, int n, const float* values) {
+inline void store_state(const ElementwiseArgs& args, const ElementwiseTensor& tensor, bool is_signed,
+                        int state, int64_t i, int n, const float* values) {
     if (args.format == StateFormat::bf16 && args.update == ParamUpdate::stochastic) {
         const Philox random{stream_seed(tensor.seed, state), static_cast<uint64_t>(*tensor.step)};
         narrow_stochastic(values, n, random, static_cast<uint64_t>(tensor.first_element + i),
@@ -182,7 +184,8 @@ inline void store_state(const ElementwiseArgs& args, const ElementwiseTensor& te
 
 // What is done with the value that the parameter now has.
 template <class T>
-void follow(const ElementwiseArgs& args, const ElementwiseTensor& tensor, int64_t i, int n, const T* computed) {
+void follow(const ElementwiseArgs& args, const ElementwiseTensor& tensor, int64_t i, int n,
+            const T* computed) {
     alignas(64) T stored[state_block];
     constexpr bool narrow_types = std::is_same_v<T, float>;
     if (narrow_types && args.param_type != DType::float32 && args.update != ParamUpdate::split) {
@@ -301,7 +304,8 @@ void for_parts(const ElementwiseArgs& args, const ElementwiseTensor* tensors, in
 
 // Chunks [begin, end) of the list of parameters, whose steps are already counted up.
 template <class Rule, class T>
-void update_chunks(const ElementwiseArgs& args, const ElementwiseTensor* tensors, int64_t begin, int64_t end) {
+void update_chunks(const ElementwiseArgs& args, const ElementwiseTensor* tensors, int64_t begin,
+                   int64_t end) {
     for_parts<Rule, T>(
         args, tensors, begin, end, 0.0f,
         [](const ElementwiseTensor& tensor) { return (tensor.numel + cpu_chunk - 1) / cpu_chunk; },
@@ -340,12 +344,14 @@ void sum_range(const ElementwiseArgs& args, const ElementwiseTensor& tensor,
         const int n = static_cast<int>(std::min<int64_t>(state_block, end - block));
         const T *p = grad_buffer, *g = grad_buffer;
         T* states[Rule::states + 1] = {};
-        if constexpr (Rule::sum_reads & param_bit) p = staging::load_param(args, tensor, block, n, param_buffer);
+        if constexpr (Rule::sum_reads & param_bit)
+            p = staging::load_param(args, tensor, block, n, param_buffer);
         if constexpr (Rule::sum_reads & grad_bit) g = staging::load_grad(args, tensor, block, n, grad_buffer);
         for (int k = 0; k < Rule::states; ++k) {
             states[k] = state_buffers[k];
             if (Rule::sum_reads & state_bit(k))
-                states[k] = staging::load_state(args, tensor, Rule::is_signed(k), k, block, n, state_buffers[k]);
+                states[k] =
+                    staging::load_state(args, tensor, Rule::is_signed(k), k, block, n, state_buffers[k]);
         }
         NG_INDEPENDENT_ITERATIONS
         for (int i = first; i < n; ++i) {
@@ -365,7 +371,8 @@ void sum_pieces(const ElementwiseArgs& args, const ElementwiseTensor* tensors, i
     if constexpr (Rule::sums > 0) {
         T* result = static_cast<T*>(args.partial) + begin * Rule::sums;
         for_parts<Rule, T>(
-            args, tensors, begin, end, 1.0f, [](const ElementwiseTensor& tensor) { return pieces_of(tensor); },
+            args, tensors, begin, end, 1.0f,
+            [](const ElementwiseTensor& tensor) { return pieces_of(tensor); },
             [&](const ElementwiseTensor& tensor, const auto& scalars, int64_t first, int64_t last) {
                 const int64_t per_row = pieces_of(tensor) / rows_of(tensor);
                 for (int64_t piece = first; piece < last; ++piece, result += Rule::sums) {
@@ -389,24 +396,24 @@ void with_variant(int variant, const F& function) {
 }
 
 // The two kernels of a rule; the build writes one line of this for every file in rules/.
-#define NG_RULE_CPU(rule)                                                                                      \
-    NG_NAMESPACE_BEGIN                                                                                         \
-    void rule##_chunks(int variant, const ElementwiseArgs& args, const ElementwiseTensor* tensors,             \
-                       int64_t begin, int64_t end) {                                                           \
-        with_variant<rule::Rule, rule::variants>(variant, [&](auto chosen) {                                   \
-            args.param_type == DType::float64                                                                  \
-                ? update_chunks<decltype(chosen), double>(args, tensors, begin, end)                           \
-                : update_chunks<decltype(chosen), float>(args, tensors, begin, end);                           \
-        });                                                                                                    \
-    }                                                                                                          \
-    void rule##_pieces(int variant, const ElementwiseArgs& args, const ElementwiseTensor* tensors,             \
-                       int64_t begin, int64_t end) {                                                           \
-        with_variant<rule::Rule, rule::variants>(variant, [&](auto chosen) {                                   \
-            args.param_type == DType::float64                                                                  \
-                ? sum_pieces<decltype(chosen), double>(args, tensors, begin, end)                              \
-                : sum_pieces<decltype(chosen), float>(args, tensors, begin, end);                              \
-        });                                                                                                    \
-    }                                                                                                          \
+#define NG_RULE_CPU(rule)                                                                          \
+    NG_NAMESPACE_BEGIN                                                                             \
+    void rule##_chunks(int variant, const ElementwiseArgs& args, const ElementwiseTensor* tensors, \
+                       int64_t begin, int64_t end) {                                               \
+        with_variant<rule::Rule, rule::variants>(variant, [&](auto chosen) {                       \
+            args.param_type == DType::float64                                                      \
+                ? update_chunks<decltype(chosen), double>(args, tensors, begin, end)               \
+                : update_chunks<decltype(chosen), float>(args, tensors, begin, end);               \
+        });                                                                                        \
+    }                                                                                              \
+    void rule##_pieces(int variant, const ElementwiseArgs& args, const ElementwiseTensor* tensors, \
+                       int64_t begin, int64_t end) {                                               \
+        with_variant<rule::Rule, rule::variants>(variant, [&](auto chosen) {                       \
+            args.param_type == DType::float64                                                      \
+                ? sum_pieces<decltype(chosen), double>(args, tensors, begin, end)                  \
+                : sum_pieces<decltype(chosen), float>(args, tensors, begin, end);                  \
+        });                                                                                        \
+    }                                                                                              \
     NG_NAMESPACE_END
 
 NG_NAMESPACE_END

@@ -15,7 +15,7 @@ template <int Variant>
 struct Rule : RuleDefaults {
     static constexpr int states = 2;  // exp_avg, exp_avg_sq
     static constexpr bool heavy = true;
-    static constexpr int given = 1;   // factor of the momentum, which corrects its start
+    static constexpr int given = 1;  // factor of the momentum, which corrects its start
     static NG_HOST_DEVICE constexpr bool is_signed(int state) { return state == 0; }
 
     template <class T>

@@ -49,6 +49,7 @@ def bench(
     compile: Annotated[
         bool, typer.Option(help="Compare with torch.compile too; it takes long to warm up.")
     ] = True,
+    room: Annotated[str, typer.Option(help="Only the cases of bench/<room>: norm, quant or optim.")] = "",
     out: Annotated[
         Path | None, typer.Option(help="JSON file to write, with a PNG beside it. Default: in bench/results.")
     ] = None,
@@ -64,6 +65,10 @@ def bench(
         )
         raise typer.Exit(2)
     harness, modules = load_bench(checkout)
+    if room:
+        modules = [module for module in modules if module.__name__.startswith(f"bench.{room}.")]
+        if not modules:
+            raise bad_option("--room", f"there is no bench/{room}; rooms are norm, quant and optim")
     cases = harness.cases_of(modules, device, pattern)
     if not cases:
         raise bad_option("PATTERN", f"no case has {pattern!r} in its name; --list shows all")
@@ -72,7 +77,7 @@ def bench(
             console.print(case.name, highlight=False)
         return
     check_device(device)
-    suffix = "-" + re.sub(r"\W+", "-", pattern) if pattern else ""
+    suffix = "".join("-" + re.sub(r"\W+", "-", part) for part in (room, pattern) if part)
     out = out or checkout / "bench" / "results" / f"{device.partition(':')[0]}{suffix}.json"
 
     allocator = harness.keep_freed_memory()
