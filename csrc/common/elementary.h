@@ -16,15 +16,15 @@ NG_HOST_DEVICE float decaying_exp(float x) {
     return expf(x);
 #else
     // x = n ln 2 + t; e^t - 1 = t + t^2 q(t), minimax in relative error on |t| < 0.35 (1.4e-8).
-    constexpr float to_integer = 0x1.8p23f;  // adding it rounds to an integer
-    const float bounded = x < -87.0f ? -87.0f : x;
+    constexpr float to_integer = 0x1.8p23f;          // adding it rounds to an integer
+    const float bounded = x >= -87.0f ? x : -87.0f;  // NaN too: it has no integer
     const float n = (bounded * 0x1.715476p+0f + to_integer) - to_integer;
     const float t = (bounded - n * 0x1.63p-1f) - n * -0x1.bd0106p-13f;
     const float q = (((0x1.6beb2cp-10f * t + 0x1.122d00p-7f) * t + 0x1.555680p-5f) * t + 0x1.5554aap-3f) * t +
                     0x1.fffffep-2f;
     const float fraction = (t + t * t * q) + 1.0f;
-    const int32_t exponent = static_cast<int32_t>(n) << 23;
-    const float power = bit_cast<float>(bit_cast<int32_t>(fraction) + exponent);
+    const uint32_t exponent = static_cast<uint32_t>(static_cast<int32_t>(n)) << 23;
+    const float power = bit_cast<float>(bit_cast<uint32_t>(fraction) + exponent);
     return x < -87.0f ? 0.0f : x != x ? x : power;
 #endif
 }

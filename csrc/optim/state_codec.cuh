@@ -224,17 +224,20 @@ __device__ __forceinline__ void encode_lane(void* codes, void* scales, int64_t i
 
     const bool finite = largest < Codec::limit;
     typename Codec::Stored stored[Codec::columns];
-    const auto encoder = Codec::encoder(__int_as_float(largest), __uint_as_float(smallest + 1u), stored);
+    // Nothing that is not finite is converted to an integer: such a block is encoded as if it were zeros.
+    const auto encoder = Codec::encoder(__int_as_float(finite ? largest : 0),
+                                        __uint_as_float(finite ? smallest + 1u : 0u), stored);
+    const auto value = [&](int j) { return finite && j < n ? values[j] : 0.0f; };
     Vec<uint8_t, bytes> packed;
 #pragma unroll
     for (int j = 0; j < bytes; ++j) {
         uint32_t code;
         if constexpr (Codec::packed) {
-            const uint32_t high = Codec::encode(maps, values[2 * j], encoder);
-            const uint32_t low = 2 * j + 1 < n ? Codec::encode(maps, values[2 * j + 1], encoder) : 0u;
+            const uint32_t high = Codec::encode(maps, value(2 * j), encoder);
+            const uint32_t low = 2 * j + 1 < n ? Codec::encode(maps, value(2 * j + 1), encoder) : 0u;
             code = high << 4 | low;
         } else {
-            code = Codec::encode(maps, values[j], encoder);
+            code = Codec::encode(maps, value(j), encoder);
         }
         packed[j] = static_cast<uint8_t>(finite ? code : 0u);
     }
