@@ -14,32 +14,13 @@ from torch import Tensor
 import narrowgauge as ng
 from bench.harness import Case
 from bench.optim.cases import Make, cases, step_traffic
+from bench.optim.cases import Rival as Lists
 
 Params = list[Tensor]
 
 
-class Rival:
-    """Parameters, their gradients, and moments in lists."""
-
-    def __init__(self, params: Params) -> None:
-        self.params = params
-        self.grads = [p.grad for p in params if p.grad is not None]
-        self.first, self.second, self.diff, self.last = (
-            [torch.zeros_like(p) for p in params] for _ in range(4)
-        )
-        self.count = 0
-
-    @torch.no_grad()
-    def step(self) -> None:
-        self.count += 1
-        self.update()
-
-    def update(self) -> None:
-        raise NotImplementedError
-
-    def average_squares(self, beta: float, values: Params) -> None:
-        torch._foreach_mul_(self.second, beta)
-        torch._foreach_addcmul_(self.second, values, values, value=1 - beta)
+class Rival(Lists):
+    """With eps before the correction of the second moment, as pytorch_optimizer has it."""
 
     def denominators(self, factor: float, eps: float) -> Params:
         roots = torch._foreach_sqrt(self.second)

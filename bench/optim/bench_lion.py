@@ -10,73 +10,53 @@ from torch import Tensor
 
 import narrowgauge as ng
 from bench.harness import Case
-from bench.optim.cases import cases, step_case
+from bench.optim.cases import Rival, cases, step_case
 
 Params = list[Tensor]
 
 
-class Rival:
-    """A step over lists: the fastest form without a kernel of one's own."""
-
-    def __init__(self, params: Params) -> None:
-        self.params = params
-        self.grads = [p.grad for p in params if p.grad is not None]
-        self.m, self.v, self.other = ([torch.zeros_like(p) for p in params] for _ in range(3))
-        self.count = 0
-
-    @torch.no_grad()
-    def step(self) -> None:
-        self.count += 1
-        self.update(self.count)
-
-    def update(self, t: int) -> None:
-        raise NotImplementedError
-
-    def moments(self) -> None:
-        torch._foreach_lerp_(self.m, self.grads, 0.1)
-        torch._foreach_mul_(self.v, 0.999)
-        torch._foreach_addcmul_(self.v, self.grads, self.grads, value=0.001)
-
-
 class Lion(Rival):
-    def update(self, t: int) -> None:
-        steps = torch._foreach_lerp(self.m, self.grads, 0.1)
+    def update(self) -> None:
+        steps = torch._foreach_lerp(self.first, self.grads, 0.1)
         torch._foreach_sign_(steps)
         torch._foreach_add_(self.params, steps, alpha=-1e-4)
-        torch._foreach_lerp_(self.m, self.grads, 0.01)
+        torch._foreach_lerp_(self.first, self.grads, 0.01)
 
 
 class DiffGrad(Rival):
-    def update(self, t: int) -> None:
-        self.moments()
-        friction = torch._foreach_sub(self.other, self.grads)
+    def update(self) -> None:
+        t = self.count
+        self.moments(0.9, 0.999, self.grads)
+        friction = torch._foreach_sub(self.last, self.grads)
         torch._foreach_abs_(friction)
         torch._foreach_sigmoid_(friction)
-        torch._foreach_copy_(self.other, self.grads)
-        torch._foreach_mul_(friction, self.m)
-        roots = torch._foreach_sqrt(self.v)
+        torch._foreach_copy_(self.last, self.grads)
+        torch._foreach_mul_(friction, self.first)
+        roots = torch._foreach_sqrt(self.second)
         torch._foreach_add_(roots, 1e-8)
         size = 1e-3 * (1 - 0.999**t) ** 0.5 / (1 - 0.9**t)
         torch._foreach_addcdiv_(self.params, friction, roots, value=-size)
 
 
 class AdEMAMix(Rival):
-    def update(self, t: int) -> None:
-        self.moments()
-        torch._foreach_lerp_(self.other, self.grads, 1e-4)
-        steps = torch._foreach_div(self.m, 1 - 0.9**t)
-        torch._foreach_add_(steps, self.other, alpha=5.0)
-        roots = torch._foreach_sqrt(self.v)
+    def update(self) -> None:
+        t = self.count
+        self.moments(0.9, 0.999, self.grads)
+        torch._foreach_lerp_(self.last, self.grads, 1e-4)
+        steps = torch._foreach_div(self.first, 1 - 0.9**t)
+        torch._foreach_add_(steps, self.last, alpha=5.0)
+        roots = torch._foreach_sqrt(self.second)
         torch._foreach_div_(roots, (1 - 0.999**t) ** 0.5)
         torch._foreach_add_(roots, 1e-8)
         torch._foreach_addcdiv_(self.params, steps, roots, value=-1e-3)
 
 
 class AdamAtan2(Rival):
-    def update(self, t: int) -> None:
-        self.moments()
-        steps = torch._foreach_div(self.m, 1 - 0.9**t)
-        roots = torch._foreach_sqrt(self.v)
+    def update(self) -> None:
+        t = self.count
+        self.moments(0.9, 0.999, self.grads)
+        steps = torch._foreach_div(self.first, 1 - 0.9**t)
+        roots = torch._foreach_sqrt(self.second)
         torch._foreach_div_(roots, (1 - 0.999**t) ** 0.5)
         for step, root in zip(steps, roots, strict=True):  # there is no foreach form
             torch.atan2(step, root, out=step)

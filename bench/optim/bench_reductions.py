@@ -15,32 +15,13 @@ from torch import Tensor
 import narrowgauge as ng
 from bench.harness import Case
 from bench.optim.cases import MANY, Make, step_case, stock
+from bench.optim.cases import Rival as Lists
 
 Params = list[Tensor]
 
 
-class Rival:
-    """Parameters, their gradients, and moments in lists."""
-
-    def __init__(self, params: Params) -> None:
-        self.params = params
-        self.grads = [p.grad for p in params if p.grad is not None]
-        self.first = [torch.zeros_like(p) for p in params]
-        self.second = [torch.zeros_like(p) for p in params]
-        self.count = 0
-
-    @torch.no_grad()
-    def step(self) -> None:
-        self.count += 1
-        self.update()
-
-    def update(self) -> None:
-        raise NotImplementedError
-
-    def moments(self, beta1: float, beta2: float, grads: Params) -> None:
-        torch._foreach_lerp_(self.first, grads, 1 - beta1)
-        torch._foreach_mul_(self.second, beta2)
-        torch._foreach_addcmul_(self.second, grads, grads, value=1 - beta2)
+class Rival(Lists):
+    """With eps behind the correction of the second moment, as in Adam."""
 
     def denominators(self, correction: float, eps: float) -> Params:
         roots = torch._foreach_sqrt(self.second)
